@@ -1,0 +1,272 @@
+// The backward of one layer through time, all its directions, in one parallel region over the whole sequence.
+//
+// Step by step, opposite to the forward: dh_t = dy_t + dgates of the step before W_hh, and on that tile, while it
+// is in the first-level cache, the gradient of the cell:
+//
+//   tc = tanh(c_t);  dc += dh o (1 - tc^2);  do = dh tc;  di = dc g;  dg = dc i;  df = dc c_{t-1};  dc *= f
+//
+// which gives dgates, before the activations: the next step's operand, and the buffer that the products for dx, dW
+// and db read afterwards (gradients.h). Each thread owns a range of rows and of columns (hidden units).
+//
+// Kept in the workspace: W_hh packed once per call, K running over the 4H gates; dc in float or double; dgates of
+// one step in the product's type where the saved buffer does not serve as the operand itself.
+// With a projection, a step has two phases: dh_t (P columns), then dh_t W_hr and the cell (H columns).
+#pragma once
+
+#include "activations.h"
+#include "team.h"
+
+namespace fused_lstm::cpu::FUSED_LSTM_ISA {
+
+template <class T>
+struct BackwardPass {
+  using P = typename ProductOf<T>::type;
+  using Elem = typename P::Elem;
+  using A = Acc<T>;
+  static constexpr int V = kLanes<A>;
+  static constexpr int kWidth = kTileWidth<A>;
+  static constexpr bool kSameType = sizeof(Elem) == sizeof(T);
+
+  struct Direction {
+    Elem *hidden_panels, *projection_panels;
+    Elem* dgates[2];  // (B, g_stride)
+    Elem* dh;         // (B, p_stride): gradient of h_t when there is a projection
+    A* dc;            // (B, c_stride)
+  };
+
+  const Backward* args;
+  Sequence seq;
+  int directions;
+  Team team;
+  ColumnBlocks hidden, units;  // columns of dh (P), and of the cell (H) where a projection makes them differ
+  int64_t g_padded, p_padded, g_stride, p_stride, c_stride;
+  bool copy_dgates;
+  Direction direction[2];
+  char* private_base;
+  int64_t private_bytes;
+  Barrier* barriers;  // one for all threads, then one a row group of each direction
+
+  BackwardPass(const Backward* args, int directions, int threads)
+      : args(args), seq(args[0].seq), directions(directions) {
+    g_padded = round_up(4 * seq.H, P::kPadK);
+    p_padded = round_up(seq.P, P::kPadK);
+    constexpr int64_t line = 64 / sizeof(Elem);
+    g_stride = round_up(g_padded, line);
+    p_stride = round_up(p_padded, line);
+    c_stride = round_up(seq.H, V);
+    copy_dgates = !kSameType || g_padded != 4 * seq.H;
+    const int64_t weights = 4 * seq.H * seq.P;
+    team = Team::choose(threads, directions, seq, seq.B * weights, weights * int64_t(sizeof(Elem)),
+                        round_up(seq.B, P::max_rows(4)) / P::max_rows(4), round_up(seq.P, V) / V);
+    hidden = ColumnBlocks(seq.P, V, team.unit_groups);
+    units = ColumnBlocks(seq.projected ? seq.H : 0, V, team.unit_groups);
+  }
+
+  int64_t lay_out(void* workspace) {
+    Arena arena{static_cast<char*>(workspace)};
+    barriers = arena.take<Barrier>(1 + directions * team.row_groups);
+    for (int d = 0; d < directions; ++d) {
+      Direction& dir = direction[d];
+      dir.hidden_panels = arena.take<Elem>(hidden.padded() * g_padded);
+      dir.projection_panels = arena.take<Elem>(units.padded() * p_padded);
+      for (Elem*& dgates : dir.dgates) dgates = arena.take<Elem>(copy_dgates ? seq.B * g_stride : 0);
+      dir.dh = arena.take<Elem>(seq.projected ? seq.B * p_stride : 0);
+      dir.dc = arena.take<A>(seq.B * c_stride);
+    }
+    const int64_t shared = arena.used;
+    private_bytes = 4096 + round_up(kMaxRows * kWidth * int64_t(sizeof(A)), 4096);  // no two threads share a line
+    private_base = static_cast<char*>(workspace) + shared;
+    return shared + private_bytes * team.threads();
+  }
+
+  int team_size() const { return team.threads(); }
+  void clear_barriers() { memset(barriers, 0, sizeof(Barrier) * size_t(1 + directions * team.row_groups)); }
+
+  void run(int thread) const {
+    if (thread >= team.threads()) return;
+    const Place place(team, thread);
+    A* sums = reinterpret_cast<A*>(private_base + thread * private_bytes);
+    prepare(thread);
+    barriers[0].wait(team.threads());
+    for (int d = place.direction; d < directions; d += team.directions) run_direction(d, place, sums);
+    P::end();
+  }
+
+  void prepare(int thread) const {
+    const int threads = team.threads();
+    for (int d = 0; d < directions; ++d) {
+      for (int64_t b = thread; needs_product() && b < hidden.count(); b += threads) {
+        const int64_t first = hidden.first(b);
+        pack_dense_columns<P>(static_cast<const T*>(args[d].weight_hh) + first, seq.P, 4 * seq.H, hidden.vectors_of(b) * V,
+                              seq.P - first, direction[d].hidden_panels + first * g_padded);
+      }
+      for (int64_t b = thread; b < units.count(); b += threads) {
+        const int64_t first = units.first(b);
+        pack_dense_columns<P>(static_cast<const T*>(args[d].weight_hr) + first, seq.H, seq.P, units.vectors_of(b) * V,
+                              seq.H - first, direction[d].projection_panels + first * p_padded);
+      }
+      const Direction& dir = direction[d];
+      for (int64_t b = thread; b < seq.B; b += threads) {
+        if (copy_dgates)
+          for (Elem* dgates : dir.dgates) memset(dgates + b * g_stride, 0, size_t(g_stride) * sizeof(Elem));
+        if (seq.projected) memset(dir.dh + b * p_stride, 0, size_t(p_stride) * sizeof(Elem));
+        const T* grad_c_n = static_cast<const T*>(args[d].grad_c_n);
+        for (int64_t u = 0; u < c_stride; ++u)
+          dir.dc[b * c_stride + u] = grad_c_n && u < seq.H ? A(to_acc(grad_c_n[b * seq.H + u])) : A(0);
+      }
+    }
+  }
+
+  bool needs_product() const { return seq.T > 1 || args[0].grad_h_0; }
+
+  // One step: rows below `before` come from step `from` (dgates there), rows from there to `active` enter with
+  // grad_h_n, and rows from `active` to `before` leave into grad_h_0.
+  struct Step {
+    int64_t s, t, from, active, before, previous_cells;
+  };
+
+  void run_direction(int d, const Place& place, A* sums) const {
+    const Backward& a = args[d];
+    const Range rows = share(seq.B, place.row_group, team.row_groups);
+    const Range mine = share(hidden.count(), place.unit_group, team.unit_groups);
+    const Range cells = share(units.count(), place.unit_group, team.unit_groups);
+    Barrier& barrier = barriers[1 + d * team.row_groups + place.row_group];
+    Step step{};
+    const int64_t rounds = a.grad_h_0 ? seq.T + 1 : seq.T;  // the last only takes what is left into grad_h_0
+    for (int64_t s = 0; s < rounds; ++s) {
+      step.s = s;
+      step.t = s < seq.T ? a.seq.step(s, true) : 0;
+      step.active = s < seq.T ? seq.rows(step.t) : 0;
+      step.previous_cells = s + 1 < seq.T ? a.seq.step(s + 1, true) : -1;
+      for (int64_t block = mine.begin; block < mine.end; ++block) hidden_step(d, block, step, rows, sums);
+      if (seq.projected && s < seq.T) {
+        barrier.wait(team.unit_groups);
+        for (int64_t block = cells.begin; block < cells.end; ++block) projection_step(d, block, step, rows, sums);
+      }
+      step.from = step.t;
+      step.before = step.active;
+      if (s < seq.T) barrier.wait(team.unit_groups);
+    }
+    // grad_c_0: the threads that own a row's units have written all of its dc
+    const Range own = seq.projected ? cells : mine;
+    const ColumnBlocks& columns = seq.projected ? units : hidden;
+    for (int64_t b = rows.begin; b < rows.end; ++b)
+      for (int64_t block = own.begin; block < own.end; ++block)
+        for (int v = 0; v < columns.vectors_of(block); ++v) {
+          const int64_t u = columns.first(block) + v * V;
+          store_lanes<false>(static_cast<T*>(a.grad_c_0) + b * seq.H + u, load(direction[d].dc + b * c_stride + u), lanes_at(u, seq.H));
+        }
+  }
+
+  static int lanes_at(int64_t first, int64_t count) { return count - first < V ? int(count - first) : V; }
+
+  void hidden_step(int d, int64_t block, const Step& step, const Range& rows, A* sums) const {
+    const Backward& a = args[d];
+    const Direction& dir = direction[d];
+    static const A zeros[kWidth] = {};
+    const int vectors = hidden.vectors_of(block);
+    const int64_t most = P::max_rows(vectors), column = hidden.first(block);
+    const int64_t needed = a.grad_h_0 && step.before > step.active ? step.before : step.active;
+    const int64_t end = needed < rows.end ? needed : rows.end;
+    const Elem* operand = copy_dgates ? dir.dgates[step.s % 2]
+                                      : reinterpret_cast<const Elem*>(a.dgates) + seq.first_row(step.from) * 4 * seq.H;
+    const int64_t stride = copy_dgates ? g_stride : 4 * seq.H;
+    for (int64_t r = rows.begin; r < end; r += most) {
+      const int m = int(end - r < most ? end - r : most);
+      const int64_t running = step.before - r;
+      if (running > 0)
+        P::run(int(running < m ? running : m), vectors,
+               {operand + r * stride, stride, P::kStepK, dir.hidden_panels + column * g_padded, g_padded / P::kStepK, zeros, 0, sums});
+      for (int i = 0; i < m; ++i)
+        for (int v = 0; v < vectors; ++v) {
+          const int64_t u = column + v * V;
+          const int lanes = lanes_at(u, seq.P);
+          if (lanes == V) {
+            hidden_gradient<true>(a, dir, step, r + i, u, lanes, sums + i * kWidth + v * V);
+          } else {
+            hidden_gradient<false>(a, dir, step, r + i, u, lanes, sums + i * kWidth + v * V);
+          }
+        }
+    }
+  }
+
+  template <bool whole>
+  void hidden_gradient(const Backward& a, const Direction& dir, const Step& step, int64_t b, int64_t u, int lanes,
+                       const A* sums) const {
+    Vec<A> dh{};
+    if (b < step.before) {
+      dh = load(sums);
+    } else if (a.grad_h_n) {
+      dh = load_lanes<T, whole>(static_cast<const T*>(a.grad_h_n) + b * seq.P + u, lanes);
+    }
+    if (b >= step.active) {
+      store_lanes<whole>(static_cast<T*>(a.grad_h_0) + b * seq.P + u, dh, lanes);
+      return;
+    }
+    if (a.grad_output) {
+      const int64_t row = seq.offset(step.t, b, a.grad_output_stride_t, a.grad_output_stride_b);
+      dh += load_lanes<T, whole>(static_cast<const T*>(a.grad_output) + row + u, lanes);
+    }
+    if (seq.projected) {
+      T* projected = static_cast<T*>(a.grad_projected) + (seq.first_row(step.t) + b) * seq.P + u;
+      store_lanes<whole>(projected, dh, lanes);
+      store_lanes<whole>(dir.dh + b * p_stride + u, dh, lanes);
+    } else {
+      cell<whole>(a, dir, step, b, u, lanes, dh);
+    }
+  }
+
+  void projection_step(int d, int64_t block, const Step& step, const Range& rows, A* sums) const {
+    const Direction& dir = direction[d];
+    static const A zeros[kWidth] = {};
+    const int vectors = units.vectors_of(block);
+    const int64_t most = P::max_rows(vectors), column = units.first(block);
+    const int64_t end = step.active < rows.end ? step.active : rows.end;
+    for (int64_t r = rows.begin; r < end; r += most) {
+      const int m = int(end - r < most ? end - r : most);
+      P::run(m, vectors, {dir.dh + r * p_stride, p_stride, P::kStepK, dir.projection_panels + column * p_padded,
+                          p_padded / P::kStepK, zeros, 0, sums});
+      for (int i = 0; i < m; ++i)
+        for (int v = 0; v < vectors; ++v) {
+          const int64_t u = column + v * V;
+          cell<false>(args[d], dir, step, r + i, u, lanes_at(u, seq.H), load(sums + i * kWidth + v * V));
+        }
+    }
+  }
+
+  template <bool whole>
+  void cell(const Backward& a, const Direction& dir, const Step& step, int64_t b, int64_t u, int lanes, Vec<A> dh) const {
+    const int64_t row = seq.first_row(step.t) + b, H = seq.H;
+    const T* gates = static_cast<const T*>(a.gates) + row * 4 * H + u;
+    const Vec<A> i = load_lanes<T, whole>(gates, lanes), f = load_lanes<T, whole>(gates + H, lanes);
+    const Vec<A> g = load_lanes<T, whole>(gates + 2 * H, lanes), o = load_lanes<T, whole>(gates + 3 * H, lanes);
+    const T* cells = static_cast<const T*>(a.cells) + u;
+    const Vec<A> tc = tanh<A>(load_lanes<T, whole>(cells + row * H, lanes));
+    // the sequence's first step in the forward's order has c_0 before it
+    const bool first = step.previous_cells < 0 || b >= seq.rows(step.previous_cells);
+    const T* previous = first ? static_cast<const T*>(a.c_0) + b * H + u
+                              : cells + (seq.first_row(step.previous_cells) + b) * H;
+    const Vec<A> c_before = load_lanes<T, whole>(previous, lanes);
+    A* state = dir.dc + b * c_stride + u;
+    const Vec<A> one = splat(A(1));
+    const Vec<A> dc = load(state) + dh * o * (one - tc * tc);
+    store(state, dc * f);
+    const Vec<A> di = dc * g * i * (one - i), df = dc * c_before * f * (one - f);
+    const Vec<A> dg = dc * i * (one - g * g), do_ = dh * tc * o * (one - o);
+    T* dgates = static_cast<T*>(a.dgates) + row * 4 * H + u;
+    store_lanes<whole>(dgates, di, lanes);
+    store_lanes<whole>(dgates + H, df, lanes);
+    store_lanes<whole>(dgates + 2 * H, dg, lanes);
+    store_lanes<whole>(dgates + 3 * H, do_, lanes);
+    if (copy_dgates) {
+      Elem* operand = dir.dgates[(step.s + 1) % 2] + b * g_stride + u;
+      store_lanes<whole>(operand, di, lanes);
+      store_lanes<whole>(operand + H, df, lanes);
+      store_lanes<whole>(operand + 2 * H, dg, lanes);
+      store_lanes<whole>(operand + 3 * H, do_, lanes);
+    }
+    if (a.hidden) store_lanes<whole>(static_cast<T*>(a.hidden) + row * H + u, o * tc, lanes);
+  }
+};
+
+}  // namespace fused_lstm::cpu::FUSED_LSTM_ISA

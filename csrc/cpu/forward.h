@@ -1,0 +1,368 @@
+// The forward of one layer, all its directions, in one parallel region over the whole sequence.
+//
+// Each thread owns a range of rows and a range of unit blocks (V hidden units with their four gates, one vector
+// a gate). Per step and block: x_t W_ih^T + b into `inputs`, then h_{t-1} W_hh^T on top of it, six rows (AVX-512)
+// at a time, and the cell update on those sums while they are in the first-level cache. With few rows the input's
+// product is taken for several steps at once, so that W_ih is read once for all of them. Calls of a few rows in all
+// pack nothing and take both products from the weights as they lie (dense.h).
+//
+// Kept in the workspace: both weights packed into panels once per call; h_t twice (one step reads the one, writes
+// the other, so one barrier a step is enough) in the product's type, rows padded with zeros; c_t in float or double.
+// With a projection, o tanh(c) takes h_t's place in the first phase of a step, and a second phase makes h_t of it.
+#pragma once
+
+#include "activations.h"
+#include "dense.h"
+#include "team.h"
+
+namespace fused_lstm::cpu::FUSED_LSTM_ISA {
+
+// Rows of a whole call up to which packing the weights costs more than it saves.
+constexpr int64_t kDenseRows = 4;
+
+template <class T>
+struct ForwardPass {
+  using P = typename ProductOf<T>::type;
+  using Elem = typename P::Elem;
+  using A = Acc<T>;
+  static constexpr int V = kLanes<A>;
+  static constexpr int kWidth = kTileWidth<A>;
+  static constexpr bool kSameType = sizeof(Elem) == sizeof(T);
+
+  struct Direction {
+    Elem *input_panels, *hidden_panels, *projection_panels;
+    A* bias;          // (blocks, 4V)
+    Elem* h[2];       // (B, h_stride)
+    Elem* unprojected;  // (B, m_stride): o tanh(c) when there is a projection
+    A* c;             // (B, c_stride)
+  };
+  struct Private {
+    A* sums;       // (kMaxRows, 4V): one tile
+    A* inputs;     // (blocks of the chunk, chunk_rows, 4V): x W_ih^T + b
+    Elem* x;       // (chunk_rows, x_stride): input rows of a chunk in the product's type
+    A* dense;      // (B, x_dense + h_dense): x_t and h_{t-1} of a step, for the dense products
+  };
+
+  const Forward* args;
+  Sequence seq;
+  int directions;
+  Team team;
+  ColumnBlocks projection;
+  int64_t blocks, x_padded, h_padded, m_padded, x_stride, h_stride, m_stride, c_stride;
+  int64_t chunk_rows, chunk_steps, x_dense, h_dense;
+  bool copy_input, dense;
+  Direction direction[2];
+  char* private_base;
+  int64_t private_bytes;
+  Barrier* barriers;  // one for all threads, then one a row group of each direction
+
+  ForwardPass(const Forward* args, int directions, int threads)
+      : args(args), seq(args[0].seq), directions(directions) {
+    blocks = (seq.H + V - 1) / V;
+    x_padded = round_up(seq.I, P::kPadK);
+    h_padded = round_up(seq.P, P::kPadK);
+    m_padded = round_up(seq.H, P::kPadK);
+    constexpr int64_t line = 64 / sizeof(Elem);
+    x_stride = round_up(x_padded, line);
+    h_stride = round_up(h_padded, line);
+    m_stride = round_up(m_padded, line);
+    c_stride = blocks * V;
+    const int64_t weights = 4 * seq.H * (x_padded + h_padded);
+    team = Team::choose(threads, directions, seq, seq.B * weights, weights * int64_t(sizeof(Elem)),
+                        round_up(seq.B, P::max_rows(4)) / P::max_rows(4), blocks);
+    projection = ColumnBlocks(seq.projected ? seq.P : 0, V, team.unit_groups);
+    const int64_t rows = (seq.B + team.row_groups - 1) / team.row_groups;
+    chunk_steps = rows > 0 && rows < P::max_rows(4) ? kMaxRows / rows : 1;
+    if (chunk_steps > seq.T) chunk_steps = seq.T;
+    dense = seq.T * seq.B <= kDenseRows;
+    if (dense) chunk_steps = 1;
+    chunk_rows = rows * chunk_steps;
+    copy_input = !dense && (!kSameType || x_padded != seq.I || chunk_steps > 1);
+    x_dense = dense ? round_up(seq.I, V) : 0;
+    h_dense = dense ? round_up(seq.P, V) : 0;
+  }
+
+  int64_t lay_out(void* workspace) {
+    Arena arena{static_cast<char*>(workspace)};
+    barriers = arena.take<Barrier>(1 + directions * team.row_groups);
+    for (int d = 0; d < directions; ++d) {
+      Direction& dir = direction[d];
+      dir.input_panels = arena.take<Elem>(dense ? 0 : blocks * kWidth * x_padded);
+      dir.hidden_panels = arena.take<Elem>(dense ? 0 : blocks * kWidth * h_padded);
+      dir.projection_panels = arena.take<Elem>(projection.padded() * m_padded);
+      dir.bias = arena.take<A>(blocks * kWidth);
+      for (Elem*& h : dir.h) h = arena.take<Elem>(seq.B * h_stride);
+      dir.unprojected = arena.take<Elem>(seq.projected ? seq.B * m_stride : 0);
+      dir.c = arena.take<A>(seq.B * c_stride);
+    }
+    const int64_t shared = arena.used;
+    Arena one{nullptr};
+    lay_out_private(one);
+    private_bytes = round_up(one.used, 4096);  // a page apart: no two threads share a line
+    private_base = static_cast<char*>(workspace) + shared;
+    return shared + private_bytes * team.threads();
+  }
+
+  Private lay_out_private(Arena& arena) const {
+    Private own;
+    own.sums = arena.take<A>(kMaxRows * kWidth);
+    const int64_t share_of_blocks = (blocks + team.unit_groups - 1) / team.unit_groups;
+    own.inputs = arena.take<A>((chunk_steps > 1 ? share_of_blocks : 1) * chunk_rows * kWidth);
+    own.x = arena.take<Elem>(copy_input ? chunk_rows * x_stride : 0);
+    own.dense = arena.take<A>(seq.B * (x_dense + h_dense));
+    return own;
+  }
+
+  int team_size() const { return team.threads(); }
+  void clear_barriers() { memset(barriers, 0, sizeof(Barrier) * size_t(1 + directions * team.row_groups)); }
+
+  void run(int thread) const {
+    if (thread >= team.threads()) return;
+    const Place place(team, thread);
+    Arena arena{private_base + thread * private_bytes};
+    Private own = lay_out_private(arena);
+    prepare(thread);
+    barriers[0].wait(team.threads());
+    for (int d = place.direction; d < directions; d += team.directions) run_direction(d, place, own);
+    P::end();
+  }
+
+  // Weights into panels, initial states into place: shared out among all threads.
+  void prepare(int thread) const {
+    const int threads = team.threads();
+    for (int64_t item = thread; item < blocks * directions; item += threads)
+      pack_block(int(item / blocks), item % blocks);
+    for (int64_t item = thread; item < projection.count() * directions; item += threads) {
+      const int d = int(item / projection.count());
+      const int64_t b = item % projection.count(), first = projection.first(b);
+      const int width = projection.vectors_of(b) * V;
+      auto column = [&](int n) { return first + n < seq.P ? first + n : int64_t(-1); };
+      pack_dense_k<P>(static_cast<const T*>(args[d].weight_hr), seq.H, seq.H, width, column,
+                      direction[d].projection_panels + first * m_padded);
+    }
+    for (int64_t item = thread; item < seq.B * directions; item += threads) {
+      const int d = int(item / seq.B);
+      const int64_t b = item % seq.B;
+      const Direction& dir = direction[d];
+      for (Elem* h : dir.h) copy_row(static_cast<const T*>(args[d].h_0) + b * seq.P, seq.P, h + b * h_stride, h_stride);
+      if (seq.projected) memset(dir.unprojected + b * m_stride, 0, size_t(m_stride) * sizeof(Elem));
+      const T* c_0 = static_cast<const T*>(args[d].c_0) + b * seq.H;
+      for (int64_t u = 0; u < c_stride; ++u) dir.c[b * c_stride + u] = u < seq.H ? A(to_acc(c_0[u])) : A(0);
+    }
+  }
+
+  void pack_block(int d, int64_t block) const {
+    const Forward& a = args[d];
+    const Direction& dir = direction[d];
+    const int64_t first = block * V;
+    auto column = [&](int n) { return first + n % V < seq.H ? n / V * seq.H + first + n % V : int64_t(-1); };
+    if (!dense) {
+      pack_dense_k<P>(static_cast<const T*>(a.weight_ih), seq.I, seq.I, kWidth, column,
+                      dir.input_panels + block * kWidth * x_padded);
+      pack_dense_k<P>(static_cast<const T*>(a.weight_hh), seq.P, seq.P, kWidth, column,
+                      dir.hidden_panels + block * kWidth * h_padded);
+    }
+    for (int n = 0; n < kWidth; ++n) {
+      const int64_t c = column(n);
+      A bias = 0;
+      if (c >= 0 && a.bias_ih) bias += to_acc(static_cast<const T*>(a.bias_ih)[c]);
+      if (c >= 0 && a.bias_hh) bias += to_acc(static_cast<const T*>(a.bias_hh)[c]);
+      dir.bias[block * kWidth + n] = bias;
+    }
+  }
+
+  // Rows of this group that step t has.
+  Range rows_at(int64_t t, const Range& rows) const {
+    const int64_t active = seq.rows(t);
+    return {rows.begin, active < rows.end ? active : rows.end};
+  }
+
+  void run_direction(int d, const Place& place, Private& own) const {
+    const Forward& a = args[d];
+    const Range rows = share(seq.B, place.row_group, team.row_groups);
+    const Range mine = share(blocks, place.unit_group, team.unit_groups);
+    const Range projected = share(projection.count(), place.unit_group, team.unit_groups);
+    Barrier& barrier = barriers[1 + d * team.row_groups + place.row_group];
+    int64_t inputs_at = 0;  // where in the chunk this step's rows begin
+    for (int64_t s = 0; s < seq.T; ++s) {
+      const int64_t t = a.seq.step(s, false);
+      const Range active = rows_at(t, rows);
+      if (dense) {
+        gather_dense(d, s, t, active, own);
+      } else if (s % chunk_steps == 0) {
+        inputs_at = 0;
+        if (copy_input) gather_inputs(a, s, rows, own);
+        if (chunk_steps > 1) {
+          int64_t count = 0;
+          for (int64_t i = s; i < seq.T && i < s + chunk_steps; ++i) count += count_of(rows_at(a.seq.step(i, false), rows));
+          for (int64_t block = mine.begin; block < mine.end; ++block)
+            input_product(direction[d], block, own.x, x_stride, count, own.inputs + (block - mine.begin) * chunk_rows * kWidth);
+        }
+      }
+      const int64_t next = s + 1 < seq.T ? seq.rows(a.seq.step(s + 1, false)) : 0;
+      for (int64_t block = mine.begin; block < mine.end; ++block) {
+        const A* inputs = own.inputs;
+        if (chunk_steps > 1) {
+          inputs += ((block - mine.begin) * chunk_rows + inputs_at) * kWidth;
+        } else if (!dense && !active.empty()) {
+          const Elem* x = copy_input ? own.x : reinterpret_cast<const Elem*>(input_row(a, t, active.begin));
+          input_product(direction[d], block, x, copy_input ? x_stride : a.input_stride_b, count_of(active), own.inputs);
+        }
+        hidden_step(d, block, s, t, active, next, inputs, own);
+      }
+      inputs_at += count_of(active);
+      barrier.wait(team.unit_groups);
+      if (seq.projected) {
+        for (int64_t block = projected.begin; block < projected.end; ++block)
+          projection_step(d, block, s, t, active, next, own.sums);
+        barrier.wait(team.unit_groups);
+      }
+    }
+    for (int64_t b = rows.begin; b < rows.end; ++b)
+      for (int64_t block = mine.begin; block < mine.end; ++block) {
+        const int64_t u = block * V;
+        store_lanes<false>(static_cast<T*>(a.c_n) + b * seq.H + u, load(direction[d].c + b * c_stride + u), lanes_at(u, seq.H));
+      }
+  }
+
+  static int lanes_at(int64_t first, int64_t count) { return count - first < V ? int(count - first) : V; }
+  static int64_t count_of(const Range& r) { return r.empty() ? 0 : r.end - r.begin; }
+
+  const T* input_row(const Forward& a, int64_t t, int64_t b) const {
+    return static_cast<const T*>(a.input) + seq.offset(t, b, a.input_stride_t, a.input_stride_b);
+  }
+
+  // Input rows of the chunk that begins at step s, one after another.
+  void gather_inputs(const Forward& a, int64_t s, const Range& rows, Private& own) const {
+    Elem* to = own.x;
+    for (int64_t i = s; i < seq.T && i < s + chunk_steps; ++i) {
+      const int64_t t = a.seq.step(i, false);
+      const Range active = rows_at(t, rows);
+      for (int64_t b = active.begin; b < active.end; ++b, to += x_stride)
+        copy_row(input_row(a, t, b), seq.I, to, x_padded);
+    }
+  }
+
+  // inputs[r] = x[r] W_ih^T + b_ih + b_hh for one block of units.
+  void input_product(const Direction& dir, int64_t block, const Elem* x, int64_t stride, int64_t rows, A* inputs) const {
+    const int64_t most = P::max_rows(4);
+    for (int64_t r = 0; r < rows; r += most) {
+      const int m = int(rows - r < most ? rows - r : most);
+      P::run(m, 4, {x + r * stride, stride, P::kStepK, dir.input_panels + block * kWidth * x_padded, x_padded / P::kStepK,
+                    dir.bias + block * kWidth, 0, inputs + r * kWidth});
+    }
+  }
+
+  void gather_dense(int d, int64_t s, int64_t t, const Range& active, Private& own) const {
+    A* to = own.dense;
+    for (int64_t b = active.begin; b < active.end; ++b, to += x_dense + h_dense) {
+      copy_row(input_row(args[d], t, b), seq.I, to, x_dense);
+      copy_row(direction[d].h[s % 2] + b * h_stride, seq.P, to + x_dense, h_dense);
+    }
+  }
+
+  // One tile of gates, straight from the weights.
+  void dense_sums(int d, int64_t block, int rows, const A* operand, A* sums) const {
+    const int64_t u = block * V;
+    for (int i = 0; i < rows; ++i, operand += x_dense + h_dense)
+      for (int gate = 0; gate < 4; ++gate) {
+        A* out = sums + i * kWidth + gate * V;
+        const int64_t row = gate * seq.H + u;
+        dense_dots(static_cast<const T*>(args[d].weight_ih) + row * seq.I, seq.I, seq.I, operand, lanes_at(u, seq.H),
+                   direction[d].bias + block * kWidth + gate * V, out);
+        dense_dots(static_cast<const T*>(args[d].weight_hh) + row * seq.P, seq.P, seq.P, operand + x_dense,
+                   lanes_at(u, seq.H), out, out);
+      }
+  }
+
+  void hidden_step(int d, int64_t block, int64_t s, int64_t t, const Range& active, int64_t next, const A* inputs,
+                   const Private& own) const {
+    const Forward& a = args[d];
+    A* sums = own.sums;
+    const Direction& dir = direction[d];
+    const int64_t most = P::max_rows(4), first = seq.first_row(t), u = block * V;
+    const int lanes = lanes_at(u, seq.H);
+    const Elem* h = dir.h[s % 2];
+    for (int64_t r = active.begin; r < active.end; r += most) {
+      const int m = int(active.end - r < most ? active.end - r : most);
+      if (dense) {
+        dense_sums(d, block, m, own.dense + (r - active.begin) * (x_dense + h_dense), sums);
+      } else {
+        P::run(m, 4, {h + r * h_stride, h_stride, P::kStepK, dir.hidden_panels + block * kWidth * h_padded,
+                      h_padded / P::kStepK, inputs + (r - active.begin) * kWidth, kWidth, sums});
+      }
+      for (int i = 0; i < m; ++i) {
+        if (lanes == V) {
+          cell<true>(a, dir, s, first, r + i, next, u, lanes, sums + i * kWidth);
+        } else {
+          cell<false>(a, dir, s, first, r + i, next, u, lanes, sums + i * kWidth);
+        }
+      }
+    }
+  }
+
+  // Gates, cell and hidden state of row b, units u to u + lanes.
+  template <bool whole>
+  void cell(const Forward& a, const Direction& dir, int64_t s, int64_t first, int64_t b, int64_t next, int64_t u,
+            int lanes, const A* sums) const {
+    const Vec<A> i = sigmoid<A>(load(sums)), f = sigmoid<A>(load(sums + V));
+    const Vec<A> g = tanh<A>(load(sums + 2 * V)), o = sigmoid<A>(load(sums + 3 * V));
+    A* state = dir.c + b * c_stride + u;
+    const Vec<A> c = f * load(state) + i * g;
+    store(state, c);
+    const Vec<A> hidden = o * tanh<A>(c);
+    if (a.gates) {
+      T* gates = static_cast<T*>(a.gates) + (first + b) * 4 * seq.H + u;
+      store_lanes<whole>(gates, i, lanes);
+      store_lanes<whole>(gates + seq.H, f, lanes);
+      store_lanes<whole>(gates + 2 * seq.H, g, lanes);
+      store_lanes<whole>(gates + 3 * seq.H, o, lanes);
+      store_lanes<whole>(static_cast<T*>(a.cells) + (first + b) * seq.H + u, c, lanes);
+    }
+    if (seq.projected) {
+      store_operand<whole>(dir.unprojected + b * m_stride + u, hidden, lanes);
+    } else {
+      emit<whole>(a, dir, s, first, b, next, u, lanes, hidden);
+    }
+  }
+
+  // h_t, where the caller, the next step and, after a sequence's last step, h_n want it.
+  template <bool whole>
+  void emit(const Forward& a, const Direction& dir, int64_t s, int64_t first, int64_t b, int64_t next, int64_t u,
+            int lanes, Vec<A> h) const {
+    store_lanes<whole>(static_cast<T*>(a.output) + (first + b) * a.output_stride + u, h, lanes);
+    store_operand<whole>(dir.h[(s + 1) % 2] + b * h_stride + u, h, lanes);
+    if (b >= next) store_lanes<whole>(static_cast<T*>(a.h_n) + b * seq.P + u, h, lanes);
+  }
+
+  // In the product's type, but rounded to the compute dtype first: the next step sees what the caller sees.
+  template <bool whole>
+  static void store_operand(Elem* to, Vec<A> value, int lanes) {
+    if constexpr (!kSameType) {
+      T rounded[V];
+      store(rounded, value);
+      value = load(rounded);
+    }
+    store_lanes<whole>(to, value, lanes);
+  }
+
+  void projection_step(int d, int64_t block, int64_t s, int64_t t, const Range& active, int64_t next, A* sums) const {
+    const Forward& a = args[d];
+    const Direction& dir = direction[d];
+    const int vectors = projection.vectors_of(block);
+    const int64_t most = P::max_rows(vectors), first = seq.first_row(t), column = projection.first(block);
+    static const A zeros[kWidth] = {};
+    for (int64_t r = active.begin; r < active.end; r += most) {
+      const int m = int(active.end - r < most ? active.end - r : most);
+      P::run(m, vectors, {dir.unprojected + r * m_stride, m_stride, P::kStepK, dir.projection_panels + column * m_padded,
+                          m_padded / P::kStepK, zeros, 0, sums});
+      for (int i = 0; i < m; ++i)
+        for (int v = 0; v < vectors; ++v) {
+          const int64_t u = column + v * V;
+          emit<false>(a, dir, s, first, r + i, next, u, lanes_at(u, seq.P), load(sums + i * kWidth + v * V));
+        }
+    }
+  }
+};
+
+}  // namespace fused_lstm::cpu::FUSED_LSTM_ISA

@@ -1,0 +1,262 @@
+// The gradients of the input and of the weights, from dgates, after the backward through time:
+//
+//   [dW_ih | dW_hh | db] = dgates^T [x | h_{t-1} | 1]      (4H, I + P + 1), K runs over all N rows
+//   dW_hr = grad_projected^T (o tanh(c))                   (P, H)
+//   dx    = dgates W_ih, summed over directions            (N, I)
+//
+// torch's products would do, but its float GEMM reaches 80 to 93 of this kernel's 220 GFLOP/s a core where MKL
+// meets an AMD processor, and its half GEMM has no vector code at all. Threads split the rows of the result, so
+// no sum is shared and none depends on their number. K is cut into chunks that fit the second-level cache; a
+// chunk's x and h_{t-1} are packed as panels from where they lie (any strides, packed or not, h_0 at the ends).
+#pragma once
+
+#include "team.h"
+
+namespace fused_lstm::cpu::FUSED_LSTM_ISA {
+
+template <class T>
+struct GradientsPass {
+  using P = typename ProductOf<T>::type;
+  using Elem = typename P::Elem;
+  using A = Acc<T>;
+  static constexpr int V = kLanes<A>;
+  static constexpr int kWidth = kTileWidth<A>;
+  static constexpr int R = P::kStripRows;
+  static constexpr bool kSameType = sizeof(Elem) == sizeof(T);
+  static constexpr int64_t kChunk = 256;    // rows of K at a time: a panel is 64 KB
+  static constexpr int64_t kInputRows = 96;  // rows of dx at a time: a multiple of every tile's rows
+
+  // One transposed product: `rows` of the result from left's columns, `columns` from right's.
+  struct Job {
+    const T* left;
+    int64_t rows;
+    ColumnBlocks blocks;
+  };
+
+  const Gradients* args;
+  Sequence seq;
+  int directions, threads;
+  int64_t N, g_padded, g_stride;
+  bool copy_dgates;
+  ColumnBlocks input_columns;
+  Elem* input_panels[2];
+  char* private_base;
+  int64_t private_bytes;
+  Barrier* barriers;
+
+  GradientsPass(const Gradients* args, int directions, int threads)
+      : args(args), seq(args[0].seq), directions(directions), threads(threads) {
+    N = seq.offsets ? seq.offsets[seq.T - 1] + seq.batch_sizes[seq.T - 1] : seq.T * seq.B;
+    if (N * 4 * seq.H * (seq.I + seq.P) * directions < kParallelProducts) this->threads = 1;
+    g_padded = round_up(4 * seq.H, P::kPadK);
+    g_stride = round_up(g_padded, 64 / int64_t(sizeof(Elem)));
+    copy_dgates = !kSameType || g_padded != 4 * seq.H;
+    input_columns = ColumnBlocks(args[0].grad_input ? seq.I : 0, V, 1);
+  }
+
+  int64_t lay_out(void* workspace) {
+    Arena arena{static_cast<char*>(workspace)};
+    barriers = arena.take<Barrier>(1);
+    for (int d = 0; d < directions; ++d) input_panels[d] = arena.take<Elem>(input_columns.padded() * g_padded);
+    private_base = static_cast<char*>(workspace) + arena.used;
+    // a thread does one job after another in the same space
+    private_bytes = 64 * kWidth * int64_t(sizeof(A));
+    if (copy_dgates) private_bytes += kInputRows * g_stride * int64_t(sizeof(Elem));
+    for (int d = 0; d < directions; ++d)
+      for (int projection = 0; projection < 2; ++projection) {
+        Arena one{nullptr};
+        lay_out_job(job_of(d, projection), one);
+        if (one.used > private_bytes) private_bytes = one.used;
+      }
+    private_bytes = round_up(private_bytes + 4096, 4096);
+    return arena.used + private_bytes * threads;
+  }
+
+  int team_size() const { return threads; }
+  void clear_barriers() { memset(barriers, 0, sizeof(Barrier)); }
+
+  void run(int thread) const {
+    if (thread >= threads) return;
+    char* own = private_base + thread * private_bytes;
+    for (int d = 0; d < directions; ++d)
+      for (int64_t b = thread; b < input_columns.count(); b += threads) {
+        const int64_t first = input_columns.first(b);
+        pack_dense_columns<P>(static_cast<const T*>(args[d].weight_ih) + first, seq.I, 4 * seq.H,
+                              input_columns.vectors_of(b) * V, seq.I - first, input_panels[d] + first * g_padded);
+      }
+    for (int d = 0; d < directions; ++d)
+      for (int projection = 0; projection < 2; ++projection) weight_gradient(d, projection, thread, own);
+    if (input_columns.columns > 0) {
+      barriers[0].wait(threads);
+      input_gradient(thread, own);
+    }
+    P::end();
+  }
+
+  Job job_of(int d, bool projection) const {
+    const Gradients& a = args[d];
+    if (projection) return {static_cast<const T*>(a.grad_projected), seq.P, ColumnBlocks(a.grad_weight_hr ? seq.H : 0, V, 1)};
+    const int64_t columns = (a.grad_weight_ih ? seq.I : 0) + (a.grad_weight_hh ? seq.P : 0) + (a.grad_bias ? 1 : 0);
+    return {static_cast<const T*>(a.dgates), 4 * seq.H, ColumnBlocks(columns, V, 1)};
+  }
+
+  struct Buffers {
+    Elem *panels, *row, *strips;
+    A* sums;  // [strip][block][R][kWidth]
+  };
+
+  Buffers lay_out_job(const Job& job, Arena& arena) const {
+    const int64_t strips = (job.rows + R - 1) / R, share_of_strips = (strips + threads - 1) / threads;
+    Buffers buffers;
+    buffers.panels = arena.take<Elem>(kChunk * job.blocks.padded());
+    buffers.row = arena.take<Elem>(job.blocks.padded());
+    buffers.strips = arena.take<Elem>(share_of_strips * R * kChunk);
+    buffers.sums = arena.take<A>(share_of_strips * job.blocks.count() * R * kWidth);
+    return buffers;
+  }
+
+  void weight_gradient(int d, bool projection, int thread, char* own) const {
+    const Job job = job_of(d, projection);
+    if (job.blocks.columns == 0) return;
+    Arena arena{own};
+    const Buffers buffers = lay_out_job(job, arena);
+    const Range mine = share((job.rows + R - 1) / R, thread, threads);
+    static const A zeros[kWidth] = {};
+    int64_t t = 0, b = 0;  // the row k of the sequence
+    for (int64_t k = 0; k < N; k += kChunk) {
+      const int64_t count = N - k < kChunk ? N - k : kChunk, padded = round_up(count, P::kPadK);
+      for (int64_t i = 0; i < padded; ++i) {
+        fill_right(d, projection, job, i < count, t, b, k + i, buffers.row);
+        scatter(job.blocks, buffers.row, i, padded, buffers.panels);
+        if (i < count && ++b == seq.rows(t)) {
+          b = 0;
+          ++t;
+        }
+      }
+      for (int64_t s = mine.begin; s < mine.end; ++s) {
+        const int there = int(job.rows - s * R < R ? job.rows - s * R : R);
+        P::pack_strip(job.left + k * job.rows + s * R, job.rows, count, there, buffers.strips + (s - mine.begin) * R * kChunk);
+      }
+      for (int64_t block = 0; block < job.blocks.count(); ++block)
+        for (int64_t s = 0; s < mine.end - mine.begin; ++s) {
+          A* sums = buffers.sums + (s * job.blocks.count() + block) * R * kWidth;
+          P::run(R, job.blocks.vectors_of(block),
+                 {buffers.strips + s * R * kChunk, P::strip_stride(count), P::strip_step(),
+                  buffers.panels + job.blocks.first(block) * padded, padded / P::kStepK, k ? sums : zeros,
+                  k ? kWidth : 0, sums});
+        }
+    }
+    for (int64_t s = mine.begin; s < mine.end; ++s)
+      for (int64_t r = 0; r < R && s * R + r < job.rows; ++r)
+        emit(args[d], projection, job, s * R + r,
+             buffers.sums + (s - mine.begin) * job.blocks.count() * R * kWidth + r * kWidth);
+  }
+
+  // Row k of [x | h_{t-1} | 1], or of o tanh(c); zeros behind the last row and the last column.
+  void fill_right(int d, bool projection, const Job& job, bool there, int64_t t, int64_t b, int64_t k, Elem* row) const {
+    const Gradients& a = args[d];
+    Elem* end = row + job.blocks.padded();
+    if (there && projection) row = append(static_cast<const T*>(a.hidden) + k * seq.H, seq.H, row);
+    if (there && !projection) {
+      if (a.grad_weight_ih)
+        row = append(static_cast<const T*>(a.input) + seq.offset(t, b, a.input_stride_t, a.input_stride_b), seq.I, row);
+      if (a.grad_weight_hh) {
+        const int64_t before = a.seq.reverse ? t + 1 : t - 1;
+        const bool first = before < 0 || before >= seq.T || b >= seq.rows(before);
+        row = append(first ? static_cast<const T*>(a.h_0) + b * seq.P
+                           : static_cast<const T*>(a.output) + (seq.first_row(before) + b) * a.output_stride, seq.P, row);
+      }
+      if (a.grad_bias) {
+        const T one = unit();
+        row = append(&one, 1, row);
+      }
+    }
+    memset(row, 0, size_t(end - row) * sizeof(Elem));
+  }
+
+  static Elem* append(const T* from, int64_t count, Elem* to) {
+    copy_row(from, count, to, count);
+    return to + count;
+  }
+
+  static T unit() {
+    T one[V];
+    store(one, splat(A(1)));
+    return one[0];
+  }
+
+  // One row of K into every panel of the chunk.
+  static void scatter(const ColumnBlocks& blocks, const Elem* row, int64_t k, int64_t padded, Elem* panels) {
+    constexpr int S = P::kStepK;
+    for (int64_t block = 0; block < blocks.count(); ++block) {
+      const int width = blocks.vectors_of(block) * V;
+      const Elem* from = row + blocks.first(block);
+      Elem* to = panels + blocks.first(block) * padded + (k / S * width) * S + k % S;
+      for (int n = 0; n < width; ++n) to[n * S] = from[n];
+    }
+  }
+
+  // Row m of the result, its blocks R * kWidth apart, into the gradients it consists of.
+  void emit(const Gradients& a, bool projection, const Job& job, int64_t m, const A* sums) const {
+    int64_t column = 0;
+    auto take = [&](void* gradient, int64_t count) {
+      if (!gradient) return;
+      T* to = static_cast<T*>(gradient) + m * count;
+      for (int64_t n = 0; n < count;) {
+        const int64_t block = column / job.blocks.width(), at = column % job.blocks.width();
+        int64_t run = job.blocks.width() - at;
+        if (run > count - n) run = count - n;
+        if (run > V) run = V;
+        A padded[V] = {};
+        memcpy(padded, sums + block * R * kWidth + at, size_t(run) * sizeof(A));
+        store_part(to + n, load(padded), int(run));
+        n += run;
+        column += run;
+      }
+    };
+    if (projection) return take(a.grad_weight_hr, seq.H);
+    take(a.grad_weight_ih, seq.I);
+    take(a.grad_weight_hh, seq.P);
+    take(a.grad_bias, 1);
+  }
+
+  void input_gradient(int thread, char* own) const {
+    const Range chunks = share((N + kInputRows - 1) / kInputRows, thread, threads);
+    Arena arena{own};
+    A* sums = arena.take<A>(64 * kWidth);
+    Elem* copied = arena.take<Elem>(copy_dgates ? kInputRows * g_stride : 0);
+    static const A zeros[kWidth] = {};
+    T* dx = static_cast<T*>(args[0].grad_input);
+    for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+      const int64_t begin = chunk * kInputRows, end = begin + kInputRows < N ? begin + kInputRows : N;
+      if (copy_dgates && directions == 1) copy_rows(0, begin, end, copied);
+      for (int64_t block = 0; block < input_columns.count(); ++block) {
+        const int vectors = input_columns.vectors_of(block);
+        const int64_t most = P::max_rows(vectors), column = input_columns.first(block);
+        for (int64_t r = begin; r < end; r += most) {
+          const int m = int(end - r < most ? end - r : most);
+          for (int d = 0; d < directions; ++d) {
+            if (copy_dgates && directions > 1) copy_rows(d, r, r + m, copied);
+            const int64_t skip = directions > 1 ? 0 : r - begin;
+            const Elem* operand = copy_dgates ? copied + skip * g_stride : reinterpret_cast<const Elem*>(args[d].dgates) + r * 4 * seq.H;
+            P::run(m, vectors, {operand, copy_dgates ? g_stride : 4 * seq.H, P::kStepK, input_panels[d] + column * g_padded,
+                                g_padded / P::kStepK, d ? sums : zeros, d ? kWidth : 0, sums});
+          }
+          for (int i = 0; i < m; ++i)
+            for (int v = 0; v < vectors; ++v) {
+              const int64_t n = column + v * V;
+              const int lanes = int(seq.I - n < V ? seq.I - n : V);
+              store_lanes<false>(dx + (r + i) * seq.I + n, load(sums + i * kWidth + v * V), lanes);
+            }
+        }
+      }
+    }
+  }
+
+  void copy_rows(int d, int64_t begin, int64_t end, Elem* to) const {
+    for (int64_t r = begin; r < end; ++r)
+      copy_row(static_cast<const T*>(args[d].dgates) + r * 4 * seq.H, 4 * seq.H, to + (r - begin) * g_stride, g_padded);
+  }
+};
+
+}  // namespace fused_lstm::cpu::FUSED_LSTM_ISA

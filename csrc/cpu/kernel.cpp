@@ -1,0 +1,45 @@
+// The CPU kernels, compiled once for each instruction set (FUSED_LSTM_ISA names it; setup.py gives the flags).
+// What is computed and how it is shared out: forward.h, backward.h and gradients.h; the product: product.h; the
+// threads: team.h.
+//
+// Everything lives in a namespace of the set's name and uses no inline function of the standard library: the
+// linker would merge such a function's copies and could keep the one compiled for a set this machine lacks.
+#include "dispatch.h"
+
+#include "backward.h"
+#include "forward.h"
+#include "gradients.h"
+
+namespace fused_lstm::cpu::FUSED_LSTM_ISA {
+
+// The larger of what `threads` and what one thread need: see run_team's refusal.
+template <class Pass, class Args>
+static int64_t workspace_bytes(const Args* args, int directions, int threads) {
+  const int64_t many = Pass(args, directions, threads).lay_out(nullptr);
+  const int64_t one = Pass(args, directions, 1).lay_out(nullptr);
+  return many > one ? many : one;
+}
+
+template <class Pass, class Args>
+static void run(const Args* args, int directions, int threads, void* workspace) {
+  auto attempt = [&](int n) {
+    Pass pass(args, directions, n);
+    pass.lay_out(workspace);
+    pass.clear_barriers();
+    // All n threads, though the team may be smaller: OpenMP ends and remakes threads when their number changes.
+    return run_team(pass.team_size() == 1 ? 1 : n, [&](int thread) { pass.run(thread); });
+  };
+  if (!attempt(threads)) attempt(1);
+}
+
+template <class T>
+constexpr Kernel kernel_of() {
+  return {workspace_bytes<ForwardPass<T>, Forward>, run<ForwardPass<T>, Forward>,
+          workspace_bytes<BackwardPass<T>, Backward>, run<BackwardPass<T>, Backward>,
+          workspace_bytes<GradientsPass<T>, Gradients>, run<GradientsPass<T>, Gradients>};
+}
+
+extern const Kernel kernels[kDtypes];
+const Kernel kernels[kDtypes] = {kernel_of<float>(), kernel_of<double>(), kernel_of<BFloat16>(), kernel_of<Half>()};
+
+}  // namespace fused_lstm::cpu::FUSED_LSTM_ISA

@@ -1,0 +1,168 @@
+// How a call is shared out: threads = directions x row groups x unit groups.
+//
+// Rows (sequences of the batch) and directions never meet, so groups of them run the whole sequence without
+// waiting. Threads of one unit group each own a range of hidden units, keep that share of the weights in their
+// own cache and meet at a barrier every step. Weights that fit one core's L2 are therefore split by rows,
+// larger ones by units.
+#pragma once
+
+#include <cstdint>
+
+#include <sched.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../lstm.h"
+#include "product.h"
+
+namespace fused_lstm::cpu::FUSED_LSTM_ISA {
+
+constexpr int64_t kCacheBytes = 768 << 10;     // of an L2 of 1 MB or more; the rest holds states and buffers
+constexpr int64_t kParallelProducts = 400000;  // multiply-adds of a whole call below which one thread is faster
+constexpr int64_t kSharedProducts = 30000;     // multiply-adds of a step below which a barrier costs more
+
+struct Range {
+  int64_t begin, end;
+  bool empty() const { return begin >= end; }
+};
+
+FUSED_LSTM_INLINE Range share(int64_t count, int64_t index, int64_t parts) {
+  return {count * index / parts, count * (index + 1) / parts};
+}
+
+struct Team {
+  int directions = 1, row_groups = 1, unit_groups = 1;
+
+  int threads() const { return directions * row_groups * unit_groups; }
+
+  // step_products: multiply-adds of one direction's step; blocks: of hidden units (tiles across).
+  static Team choose(int threads, int directions, const Sequence& seq, int64_t step_products,
+                     int64_t weight_bytes, int64_t row_blocks, int64_t blocks) {
+    Team team;
+    if (threads <= 1 || step_products * seq.T * directions < kParallelProducts) return team;
+    team.directions = directions;
+    const int64_t rest = threads / directions;
+    int64_t units = round_up(weight_bytes, kCacheBytes) / kCacheBytes;
+    if (units > rest) units = rest;
+    if (units < 1) units = 1;
+    int64_t rows = rest / units;
+    if (rows > row_blocks) rows = row_blocks;
+    if (rows < 1) rows = 1;
+    units = rest / rows;
+    if (units > blocks) units = blocks;
+    if (step_products < kSharedProducts) units = 1;
+    team.row_groups = int(rows);
+    team.unit_groups = int(units);
+    return team;
+  }
+};
+
+// A thread's place in the team.
+struct Place {
+  int thread, direction, row_group, unit_group;
+
+  Place(const Team& team, int thread)
+      : thread(thread),
+        direction(thread / (team.row_groups * team.unit_groups)),
+        row_group(thread / team.unit_groups % team.row_groups),
+        unit_group(thread % team.unit_groups) {}
+};
+
+// Spins briefly, then yields, so that processes which share the cores do not starve each other.
+struct alignas(64) Barrier {
+  int arrived;
+  int generation;
+
+  void wait(int threads) {
+    if (threads == 1) return;
+    const int before = __atomic_load_n(&generation, __ATOMIC_ACQUIRE);
+    if (__atomic_add_fetch(&arrived, 1, __ATOMIC_ACQ_REL) == threads) {
+      __atomic_store_n(&arrived, 0, __ATOMIC_RELAXED);
+      __atomic_store_n(&generation, before + 1, __ATOMIC_RELEASE);
+      return;
+    }
+    for (int spins = 0; __atomic_load_n(&generation, __ATOMIC_ACQUIRE) == before; ++spins) {
+      if (spins < 4000) {
+#if defined(__x86_64__)
+        _mm_pause();
+#endif
+      } else {
+        sched_yield();
+      }
+    }
+  }
+};
+
+// Hands out cache-line-aligned pieces of the workspace; on a null base it only counts.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    char* piece = base ? base + used : nullptr;
+    used += round_up(count * int64_t(sizeof(T)), 64);
+    return reinterpret_cast<T*>(piece);
+  }
+};
+
+// body(thread) on every thread of the team. OpenMP may grant fewer threads than asked for, and the barriers
+// need them all: false then, and nothing has run.
+template <class Body>
+static bool run_team(int threads, const Body& body) {
+  if (threads == 1) {
+    body(0);
+    return true;
+  }
+#ifdef _OPENMP
+  bool complete = true;
+#pragma omp parallel num_threads(threads)
+  {
+    if (omp_get_num_threads() == threads) {
+      body(omp_get_thread_num());
+    } else if (omp_get_thread_num() == 0) {
+      complete = false;
+    }
+  }
+  return complete;
+#else
+  return false;
+#endif
+}
+
+// Columns of a plain product (not gates) cut into blocks of up to four vectors.
+struct ColumnBlocks {
+  int64_t columns = 0;
+  int lanes = 1, vectors = 1;
+
+  ColumnBlocks() = default;
+  // As wide as leaves the busiest of `parts` threads the least to do.
+  ColumnBlocks(int64_t columns, int lanes, int parts) : columns(columns), lanes(lanes) {
+    const int64_t all = round_up(columns, lanes) / lanes;
+    int64_t best = INT64_MAX;
+    for (int v = kMaxVectors; v >= 1; --v) {
+      const int64_t blocks = (all + v - 1) / v;
+      const int64_t cost = (blocks + parts - 1) / parts * v;
+      if (cost < best) {
+        best = cost;
+        vectors = v;
+      }
+    }
+  }
+
+  int64_t count() const { return (columns + width() - 1) / width(); }
+  int width() const { return vectors * lanes; }
+  int64_t first(int64_t block) const { return block * width(); }
+  int vectors_of(int64_t block) const {
+    const int64_t left = round_up(columns - first(block), lanes) / lanes;
+    return left < vectors ? int(left) : vectors;
+  }
+  int64_t padded() const { return round_up(columns, lanes); }
+};
+
+}  // namespace fused_lstm::cpu::FUSED_LSTM_ISA
