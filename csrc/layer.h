@@ -1,13 +1,13 @@
 // One layer's operands as the operators receive them, checked once for every backend.
 #pragma once
 
-#include <cstdint>
-#include <vector>
-
 #include <ATen/core/Tensor.h>
 #include <c10/util/ArrayRef.h>
 #include <c10/util/Exception.h>
+
+#include <cstdint>
 #include <optional>
+#include <vector>
 
 namespace fused_lstm {
 
@@ -15,30 +15,35 @@ struct Weights {  // of one direction; undefined where absent
   at::Tensor ih, hh, bias_ih, bias_hh, hr;
 };
 
-// Shapes are in lstm.h. Raises RuntimeError on what the module's own checks would not have let through.
+// Shapes are in lstm.h. Raises RuntimeError on what the module's own checks would not have let
+// through.
 struct Layer {
   int64_t T, B, I, H, P, N, directions;
   bool packed, biased, projected;
   std::vector<int64_t> batch_sizes, offsets;  // empty when not packed
   std::vector<Weights> weights;
 
-  Layer(const at::Tensor& input, const std::optional<at::Tensor>& sizes, const at::Tensor& h_0, const at::Tensor& c_0,
-        at::TensorList flat_weights) {
+  Layer(const at::Tensor& input, const std::optional<at::Tensor>& sizes, const at::Tensor& h_0,
+        const at::Tensor& c_0, at::TensorList flat_weights) {
     packed = sizes.has_value() && sizes->defined();
     directions = h_0.dim() == 3 ? h_0.size(0) : 0;
-    TORCH_CHECK(directions == 1 || directions == 2, "fused_lstm: h_0 must be (1 or 2 directions, B, P), got ", h_0.sizes());
+    TORCH_CHECK(directions == 1 || directions == 2,
+                "fused_lstm: h_0 must be (1 or 2 directions, B, P), got ", h_0.sizes());
     const int64_t each = int64_t(flat_weights.size()) / directions;
     TORCH_CHECK(each >= 2 && each <= 5 && each * directions == int64_t(flat_weights.size()),
-                "fused_lstm: expected 2 to 5 weights a direction, got ", flat_weights.size(), " for ", directions, " directions");
+                "fused_lstm: expected 2 to 5 weights a direction, got ", flat_weights.size(),
+                " for ", directions, " directions");
     biased = each >= 4;
     projected = each == 3 || each == 5;
     for (int64_t d = 0; d < directions; ++d) {
       const at::Tensor* w = flat_weights.data() + d * each;
-      weights.push_back({w[0], w[1], biased ? w[2] : at::Tensor(), biased ? w[3] : at::Tensor(), projected ? w[each - 1] : at::Tensor()});
+      weights.push_back({w[0], w[1], biased ? w[2] : at::Tensor(), biased ? w[3] : at::Tensor(),
+                         projected ? w[each - 1] : at::Tensor()});
     }
     B = h_0.size(1);
     P = h_0.size(2);
-    TORCH_CHECK(weights[0].ih.dim() == 2 && weights[0].ih.size(0) % 4 == 0, "fused_lstm: weight_ih must be (4H, I), got ", weights[0].ih.sizes());
+    TORCH_CHECK(weights[0].ih.dim() == 2 && weights[0].ih.size(0) % 4 == 0,
+                "fused_lstm: weight_ih must be (4H, I), got ", weights[0].ih.sizes());
     H = weights[0].ih.size(0) / 4;
     I = weights[0].ih.size(1);
     TORCH_CHECK(projected || P == H, "fused_lstm: h_0 must have H = ", H, " columns, got ", P);
@@ -64,12 +69,15 @@ struct Layer {
   }
 
  private:
-  static void check(const at::Tensor& tensor, const char* name, at::IntArrayRef shape, const at::Tensor& input) {
-    TORCH_CHECK(tensor.sizes() == shape, "fused_lstm: expected ", name, " of shape ", shape, ", got ", tensor.sizes());
-    TORCH_CHECK(tensor.scalar_type() == input.scalar_type(), "fused_lstm: ", name, " is ", tensor.scalar_type(),
-                " but input is ", input.scalar_type(), ": convert one of them");
-    TORCH_CHECK(tensor.device() == input.device(), "fused_lstm: ", name, " is on ", tensor.device(), " but input is on ",
-                input.device(), ": move one of them");
+  static void check(const at::Tensor& tensor, const char* name, at::IntArrayRef shape,
+                    const at::Tensor& input) {
+    TORCH_CHECK(tensor.sizes() == shape, "fused_lstm: expected ", name, " of shape ", shape,
+                ", got ", tensor.sizes());
+    TORCH_CHECK(tensor.scalar_type() == input.scalar_type(), "fused_lstm: ", name, " is ",
+                tensor.scalar_type(), " but input is ", input.scalar_type(),
+                ": convert one of them");
+    TORCH_CHECK(tensor.device() == input.device(), "fused_lstm: ", name, " is on ", tensor.device(),
+                " but input is on ", input.device(), ": move one of them");
   }
 
   void read_batch_sizes(const at::Tensor& sizes) {
@@ -79,14 +87,16 @@ struct Layer {
     N = 0;
     for (int64_t t = 0; t < T; ++t) {
       const int64_t rows = sizes.data_ptr<int64_t>()[t * sizes.stride(0)];
-      TORCH_CHECK(rows > 0 && rows <= (t ? batch_sizes.back() : B), "fused_lstm: batch_sizes must start at ", B,
-                  " (the states' batch), stay positive and never increase; step ", t, " has ", rows);
+      TORCH_CHECK(rows > 0 && rows <= (t ? batch_sizes.back() : B),
+                  "fused_lstm: batch_sizes must start at ", B,
+                  " (the states' batch), stay positive and never increase; step ", t, " has ",
+                  rows);
       batch_sizes.push_back(rows);
       offsets.push_back(N);
       N += rows;
     }
-    TORCH_CHECK(T == 0 || batch_sizes[0] == B, "fused_lstm: batch_sizes starts at ", T ? batch_sizes[0] : 0,
-                " but the states have a batch of ", B);
+    TORCH_CHECK(T == 0 || batch_sizes[0] == B, "fused_lstm: batch_sizes starts at ",
+                T ? batch_sizes[0] : 0, " but the states have a batch of ", B);
   }
 };
 

@@ -2,13 +2,13 @@
 // libfused_lstm.so, which registers the operators. No torch headers here: they would cost half a
 // minute of compile time.
 
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
-
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include "build_info.h"
 #include "cpu/dispatch.h"

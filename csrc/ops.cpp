@@ -1,5 +1,5 @@
-// The operators' schemas. Shapes are in lstm.h and layer.h; a backend registers its kernels for its dispatch key
-// (cpu/host.cpp), Python the rest (fused_lstm/ops.py: fakes, autograd, FLOP formulas).
+// The operators' schemas. Shapes are in lstm.h and layer.h; a backend registers its kernels for its
+// dispatch key (cpu/host.cpp), Python the rest (fused_lstm/ops.py: fakes, autograd, FLOP formulas).
 #include <torch/library.h>
 
 TORCH_LIBRARY(fused_lstm, m) {
@@ -10,7 +10,9 @@ TORCH_LIBRARY(fused_lstm, m) {
       "lstm_forward(Tensor input, Tensor? batch_sizes, Tensor h_0, Tensor c_0, Tensor[] weights)"
       " -> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
   m.def(
-      "lstm_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor? batch_sizes,"
-      " Tensor h_0, Tensor c_0, Tensor[] weights, Tensor output, Tensor gates, Tensor cells, bool[] needs)"
+      "lstm_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, "
+      "Tensor? batch_sizes,"
+      " Tensor h_0, Tensor c_0, Tensor[] weights, Tensor output, Tensor gates, Tensor cells, "
+      "bool[] needs)"
       " -> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)");
 }

@@ -1,16 +1,20 @@
-// The backward of one layer through time, all its directions, in one parallel region over the whole sequence.
+// The backward of one layer through time, all its directions, in one parallel region over the whole
+// sequence.
 //
-// Step by step, opposite to the forward: dh_t = dy_t + dgates of the step before W_hh, and on that tile, while it
-// is in the first-level cache, the gradient of the cell:
+// Step by step, opposite to the forward: dh_t = dy_t + dgates of the step before W_hh, and on that
+// tile, while it is in the first-level cache, the gradient of the cell:
 //
-//   tc = tanh(c_t);  dc += dh o (1 - tc^2);  do = dh tc;  di = dc g;  dg = dc i;  df = dc c_{t-1};  dc *= f
+//   tc = tanh(c_t);  dc += dh o (1 - tc^2);  do = dh tc;  di = dc g;  dg = dc i;  df = dc c_{t-1};
+//   dc *= f
 //
-// which gives dgates, before the activations: the next step's operand, and the buffer that the products for dx, dW
-// and db read afterwards (gradients.h). Each thread owns a range of rows and of columns (hidden units).
+// which gives dgates, before the activations: the next step's operand, and the buffer that the
+// products for dx, dW and db read afterwards (gradients.h). Each thread owns a range of rows and of
+// columns (hidden units).
 //
-// Kept in the workspace: W_hh packed once per call, K running over the 4H gates; dc in float or double; dgates of
-// one step in the product's type where the saved buffer does not serve as the operand itself.
-// With a projection, a step has two phases: dh_t (P columns), then dh_t W_hr and the cell (H columns).
+// Kept in the workspace: W_hh packed once per call, K running over the 4H gates; dc in float or
+// double; dgates of one step in the product's type where the saved buffer does not serve as the
+// operand itself. With a projection, a step has two phases: dh_t (P columns), then dh_t W_hr and
+// the cell (H columns).
 #pragma once
 
 #include "activations.h"
@@ -38,7 +42,8 @@ struct BackwardPass {
   Sequence seq;
   int directions;
   Team team;
-  ColumnBlocks hidden, units;  // columns of dh (P), and of the cell (H) where a projection makes them differ
+  ColumnBlocks hidden,
+      units;  // columns of dh (P), and of the cell (H) where a projection makes them differ
   int64_t g_padded, p_padded, g_stride, p_stride, c_stride;
   bool copy_dgates;
   Direction direction[2];
@@ -69,18 +74,22 @@ struct BackwardPass {
       Direction& dir = direction[d];
       dir.hidden_panels = arena.take<Elem>(hidden.padded() * g_padded);
       dir.projection_panels = arena.take<Elem>(units.padded() * p_padded);
-      for (Elem*& dgates : dir.dgates) dgates = arena.take<Elem>(copy_dgates ? seq.B * g_stride : 0);
+      for (Elem*& dgates : dir.dgates)
+        dgates = arena.take<Elem>(copy_dgates ? seq.B * g_stride : 0);
       dir.dh = arena.take<Elem>(seq.projected ? seq.B * p_stride : 0);
       dir.dc = arena.take<A>(seq.B * c_stride);
     }
     const int64_t shared = arena.used;
-    private_bytes = 4096 + round_up(kMaxRows * kWidth * int64_t(sizeof(A)), 4096);  // no two threads share a line
+    private_bytes = 4096 + round_up(kMaxRows * kWidth * int64_t(sizeof(A)),
+                                    4096);  // no two threads share a line
     private_base = static_cast<char*>(workspace) + shared;
     return shared + private_bytes * team.threads();
   }
 
   int team_size() const { return team.threads(); }
-  void clear_barriers() { memset(barriers, 0, sizeof(Barrier) * size_t(1 + directions * team.row_groups)); }
+  void clear_barriers() {
+    memset(barriers, 0, sizeof(Barrier) * size_t(1 + directions * team.row_groups));
+  }
 
   void run(int thread) const {
     if (thread >= team.threads()) return;
@@ -88,7 +97,8 @@ struct BackwardPass {
     A* sums = reinterpret_cast<A*>(private_base + thread * private_bytes);
     prepare(thread);
     barriers[0].wait(team.threads());
-    for (int d = place.direction; d < directions; d += team.directions) run_direction(d, place, sums);
+    for (int d = place.direction; d < directions; d += team.directions)
+      run_direction(d, place, sums);
     P::end();
   }
 
@@ -97,30 +107,34 @@ struct BackwardPass {
     for (int d = 0; d < directions; ++d) {
       for (int64_t b = thread; needs_product() && b < hidden.count(); b += threads) {
         const int64_t first = hidden.first(b);
-        pack_dense_columns<P>(static_cast<const T*>(args[d].weight_hh) + first, seq.P, 4 * seq.H, hidden.vectors_of(b) * V,
-                              seq.P - first, direction[d].hidden_panels + first * g_padded);
+        pack_dense_columns<P>(static_cast<const T*>(args[d].weight_hh) + first, seq.P, 4 * seq.H,
+                              hidden.vectors_of(b) * V, seq.P - first,
+                              direction[d].hidden_panels + first * g_padded);
       }
       for (int64_t b = thread; b < units.count(); b += threads) {
         const int64_t first = units.first(b);
-        pack_dense_columns<P>(static_cast<const T*>(args[d].weight_hr) + first, seq.H, seq.P, units.vectors_of(b) * V,
-                              seq.H - first, direction[d].projection_panels + first * p_padded);
+        pack_dense_columns<P>(static_cast<const T*>(args[d].weight_hr) + first, seq.H, seq.P,
+                              units.vectors_of(b) * V, seq.H - first,
+                              direction[d].projection_panels + first * p_padded);
       }
       const Direction& dir = direction[d];
       for (int64_t b = thread; b < seq.B; b += threads) {
         if (copy_dgates)
-          for (Elem* dgates : dir.dgates) memset(dgates + b * g_stride, 0, size_t(g_stride) * sizeof(Elem));
+          for (Elem* dgates : dir.dgates)
+            memset(dgates + b * g_stride, 0, size_t(g_stride) * sizeof(Elem));
         if (seq.projected) memset(dir.dh + b * p_stride, 0, size_t(p_stride) * sizeof(Elem));
         const T* grad_c_n = static_cast<const T*>(args[d].grad_c_n);
         for (int64_t u = 0; u < c_stride; ++u)
-          dir.dc[b * c_stride + u] = grad_c_n && u < seq.H ? A(to_acc(grad_c_n[b * seq.H + u])) : A(0);
+          dir.dc[b * c_stride + u] =
+              grad_c_n && u < seq.H ? A(to_acc(grad_c_n[b * seq.H + u])) : A(0);
       }
     }
   }
 
   bool needs_product() const { return seq.T > 1 || args[0].grad_h_0; }
 
-  // One step: rows below `before` come from step `from` (dgates there), rows from there to `active` enter with
-  // grad_h_n, and rows from `active` to `before` leave into grad_h_0.
+  // One step: rows below `before` come from step `from` (dgates there), rows from there to `active`
+  // enter with grad_h_n, and rows from `active` to `before` leave into grad_h_0.
   struct Step {
     int64_t s, t, from, active, before, previous_cells;
   };
@@ -132,16 +146,19 @@ struct BackwardPass {
     const Range cells = share(units.count(), place.unit_group, team.unit_groups);
     Barrier& barrier = barriers[1 + d * team.row_groups + place.row_group];
     Step step{};
-    const int64_t rounds = a.grad_h_0 ? seq.T + 1 : seq.T;  // the last only takes what is left into grad_h_0
+    const int64_t rounds =
+        a.grad_h_0 ? seq.T + 1 : seq.T;  // the last only takes what is left into grad_h_0
     for (int64_t s = 0; s < rounds; ++s) {
       step.s = s;
       step.t = s < seq.T ? a.seq.step(s, true) : 0;
       step.active = s < seq.T ? seq.rows(step.t) : 0;
       step.previous_cells = s + 1 < seq.T ? a.seq.step(s + 1, true) : -1;
-      for (int64_t block = mine.begin; block < mine.end; ++block) hidden_step(d, block, step, rows, sums);
+      for (int64_t block = mine.begin; block < mine.end; ++block)
+        hidden_step(d, block, step, rows, sums);
       if (seq.projected && s < seq.T) {
         barrier.wait(team.unit_groups);
-        for (int64_t block = cells.begin; block < cells.end; ++block) projection_step(d, block, step, rows, sums);
+        for (int64_t block = cells.begin; block < cells.end; ++block)
+          projection_step(d, block, step, rows, sums);
       }
       step.from = step.t;
       step.before = step.active;
@@ -154,11 +171,14 @@ struct BackwardPass {
       for (int64_t block = own.begin; block < own.end; ++block)
         for (int v = 0; v < columns.vectors_of(block); ++v) {
           const int64_t u = columns.first(block) + v * V;
-          store_lanes<false>(static_cast<T*>(a.grad_c_0) + b * seq.H + u, load(direction[d].dc + b * c_stride + u), lanes_at(u, seq.H));
+          store_lanes<false>(static_cast<T*>(a.grad_c_0) + b * seq.H + u,
+                             load(direction[d].dc + b * c_stride + u), lanes_at(u, seq.H));
         }
   }
 
-  static int lanes_at(int64_t first, int64_t count) { return count - first < V ? int(count - first) : V; }
+  static int lanes_at(int64_t first, int64_t count) {
+    return count - first < V ? int(count - first) : V;
+  }
 
   void hidden_step(int d, int64_t block, const Step& step, const Range& rows, A* sums) const {
     const Backward& a = args[d];
@@ -169,30 +189,49 @@ struct BackwardPass {
     const int64_t needed = a.grad_h_0 && step.before > step.active ? step.before : step.active;
     const int64_t end = needed < rows.end ? needed : rows.end;
     const Elem* operand = copy_dgates ? dir.dgates[step.s % 2]
-                                      : reinterpret_cast<const Elem*>(a.dgates) + seq.first_row(step.from) * 4 * seq.H;
+                                      : reinterpret_cast<const Elem*>(a.dgates) +
+                                            seq.first_row(step.from) * 4 * seq.H;
     const int64_t stride = copy_dgates ? g_stride : 4 * seq.H;
     for (int64_t r = rows.begin; r < end; r += most) {
       const int m = int(end - r < most ? end - r : most);
       const int64_t running = step.before - r;
       if (running > 0)
         P::run(int(running < m ? running : m), vectors,
-               {operand + r * stride, stride, P::kStepK, dir.hidden_panels + column * g_padded, g_padded / P::kStepK, zeros, 0, sums});
-      for (int i = 0; i < m; ++i)
+               {operand + r * stride, stride, P::kStepK, dir.hidden_panels + column * g_padded,
+                g_padded / P::kStepK, zeros, 0, sums});
+      for (int i = 0; i < m; ++i) {
+        Vec<A> tanh_c[kMaxVectors];
+        if (!seq.projected && r + i < step.active) tanh_cells(a, step, r + i, column, tanh_c);
         for (int v = 0; v < vectors; ++v) {
           const int64_t u = column + v * V;
           const int lanes = lanes_at(u, seq.P);
           if (lanes == V) {
-            hidden_gradient<true>(a, dir, step, r + i, u, lanes, sums + i * kWidth + v * V);
+            hidden_gradient<true>(a, dir, step, r + i, u, lanes, sums + i * kWidth + v * V,
+                                  tanh_c[v]);
           } else {
-            hidden_gradient<false>(a, dir, step, r + i, u, lanes, sums + i * kWidth + v * V);
+            hidden_gradient<false>(a, dir, step, r + i, u, lanes, sums + i * kWidth + v * V,
+                                   tanh_c[v]);
           }
         }
+      }
     }
   }
 
+  // tanh(c_t) of row b from unit u on, a tile's width of it.
+  void tanh_cells(const Backward& a, const Step& step, int64_t b, int64_t u, Vec<A>* tanh_c) const {
+    const T* cells = static_cast<const T*>(a.cells) + (seq.first_row(step.t) + b) * seq.H;
+    for (int v = 0; v < kMaxVectors; ++v) {
+      const int64_t left = seq.H - u - v * V;
+      tanh_c[v] = left >= V  ? load(cells + u + v * V)
+                  : left > 0 ? load_part(cells + u + v * V, int(left))
+                             : Vec<A>{};
+    }
+    tanh_each<A, kMaxVectors>(tanh_c);
+  }
+
   template <bool whole>
-  void hidden_gradient(const Backward& a, const Direction& dir, const Step& step, int64_t b, int64_t u, int lanes,
-                       const A* sums) const {
+  void hidden_gradient(const Backward& a, const Direction& dir, const Step& step, int64_t b,
+                       int64_t u, int lanes, const A* sums, Vec<A> tanh_c) const {
     Vec<A> dh{};
     if (b < step.before) {
       dh = load(sums);
@@ -212,7 +251,7 @@ struct BackwardPass {
       store_lanes<whole>(projected, dh, lanes);
       store_lanes<whole>(dir.dh + b * p_stride + u, dh, lanes);
     } else {
-      cell<whole>(a, dir, step, b, u, lanes, dh);
+      cell<whole>(a, dir, step, b, u, lanes, dh, tanh_c);
     }
   }
 
@@ -224,24 +263,30 @@ struct BackwardPass {
     const int64_t end = step.active < rows.end ? step.active : rows.end;
     for (int64_t r = rows.begin; r < end; r += most) {
       const int m = int(end - r < most ? end - r : most);
-      P::run(m, vectors, {dir.dh + r * p_stride, p_stride, P::kStepK, dir.projection_panels + column * p_padded,
-                          p_padded / P::kStepK, zeros, 0, sums});
-      for (int i = 0; i < m; ++i)
+      P::run(m, vectors,
+             {dir.dh + r * p_stride, p_stride, P::kStepK, dir.projection_panels + column * p_padded,
+              p_padded / P::kStepK, zeros, 0, sums});
+      for (int i = 0; i < m; ++i) {
+        Vec<A> tanh_c[kMaxVectors];
+        tanh_cells(args[d], step, r + i, column, tanh_c);
         for (int v = 0; v < vectors; ++v) {
           const int64_t u = column + v * V;
-          cell<false>(args[d], dir, step, r + i, u, lanes_at(u, seq.H), load(sums + i * kWidth + v * V));
+          cell<false>(args[d], dir, step, r + i, u, lanes_at(u, seq.H),
+                      load(sums + i * kWidth + v * V), tanh_c[v]);
         }
+      }
     }
   }
 
   template <bool whole>
-  void cell(const Backward& a, const Direction& dir, const Step& step, int64_t b, int64_t u, int lanes, Vec<A> dh) const {
+  void cell(const Backward& a, const Direction& dir, const Step& step, int64_t b, int64_t u,
+            int lanes, Vec<A> dh, Vec<A> tc) const {
     const int64_t row = seq.first_row(step.t) + b, H = seq.H;
     const T* gates = static_cast<const T*>(a.gates) + row * 4 * H + u;
     const Vec<A> i = load_lanes<T, whole>(gates, lanes), f = load_lanes<T, whole>(gates + H, lanes);
-    const Vec<A> g = load_lanes<T, whole>(gates + 2 * H, lanes), o = load_lanes<T, whole>(gates + 3 * H, lanes);
+    const Vec<A> g = load_lanes<T, whole>(gates + 2 * H, lanes),
+                 o = load_lanes<T, whole>(gates + 3 * H, lanes);
     const T* cells = static_cast<const T*>(a.cells) + u;
-    const Vec<A> tc = tanh<A>(load_lanes<T, whole>(cells + row * H, lanes));
     // the sequence's first step in the forward's order has c_0 before it
     const bool first = step.previous_cells < 0 || b >= seq.rows(step.previous_cells);
     const T* previous = first ? static_cast<const T*>(a.c_0) + b * H + u

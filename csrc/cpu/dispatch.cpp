@@ -14,8 +14,8 @@
 
 namespace fused_lstm::cpu {
 
-#define FUSED_LSTM_DECLARE(isa) \
-  namespace isa {               \
+#define FUSED_LSTM_DECLARE(isa)         \
+  namespace isa {                       \
   extern const Kernel kernels[kDtypes]; \
   }
 #ifdef FUSED_LSTM_HAVE_GENERIC
@@ -38,25 +38,25 @@ namespace {
 
 #if defined(__x86_64__)
 
-bool has_avx2() {
+[[maybe_unused]] bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && [] {
     unsigned a, b, c, d;
     return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
   }();
 }
 
-bool has_avx512() {
+[[maybe_unused]] bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-bool has_avx512_bf16() {
+[[maybe_unused]] bool has_avx512_bf16() {
   unsigned a, b, c, d;
   return has_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
 }
 
 // The tile registers are large, so Linux wants to be asked for them, once a process.
-bool has_amx() {
+[[maybe_unused]] bool has_amx() {
   unsigned a, b, c, d;
   if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   const bool bf16 = d & 1u << 22, tile = d & 1u << 24;
@@ -98,7 +98,8 @@ const Isa kIsas[] = {
 };
 constexpr int kIsaCount = sizeof(kIsas) / sizeof(kIsas[0]);
 
-// A name in FUSED_LSTM_CPU_ISA that this machine cannot serve is ignored: `python -m fused_lstm` shows the choice.
+// A name in FUSED_LSTM_CPU_ISA that this machine cannot serve is ignored: `python -m fused_lstm`
+// shows the choice.
 int automatic() {
   const char* wanted = std::getenv("FUSED_LSTM_CPU_ISA");
   int best = 0;

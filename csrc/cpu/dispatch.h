@@ -1,4 +1,5 @@
-// The instruction sets that kernel.cpp was compiled for, and which of them is in use. No torch, no STL.
+// The instruction sets that kernel.cpp was compiled for, and which of them is in use. No torch, no
+// STL.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +8,8 @@
 
 namespace fused_lstm::cpu {
 
-// One instruction set's entry points for one compute dtype. `directions` structs (1 or 2) of the same shape.
-// The workspace needs 64-byte alignment; its size is for exactly these arguments.
+// One instruction set's entry points for one compute dtype. `directions` structs (1 or 2) of the
+// same shape. The workspace needs 64-byte alignment; its size is for exactly these arguments.
 struct Kernel {
   int64_t (*forward_workspace)(const Forward* args, int directions, int threads);
   void (*forward)(const Forward* args, int directions, int threads, void* workspace);

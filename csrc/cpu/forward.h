@@ -1,14 +1,16 @@
 // The forward of one layer, all its directions, in one parallel region over the whole sequence.
 //
-// Each thread owns a range of rows and a range of unit blocks (V hidden units with their four gates, one vector
-// a gate). Per step and block: x_t W_ih^T + b into `inputs`, then h_{t-1} W_hh^T on top of it, six rows (AVX-512)
-// at a time, and the cell update on those sums while they are in the first-level cache. With few rows the input's
-// product is taken for several steps at once, so that W_ih is read once for all of them. Calls of a few rows in all
-// pack nothing and take both products from the weights as they lie (dense.h).
+// Each thread owns a range of rows and a range of unit blocks (V hidden units with their four
+// gates, one vector a gate). Per step and block: x_t W_ih^T + b into `inputs`, then h_{t-1} W_hh^T
+// on top of it, six rows (AVX-512) at a time, and the cell update on those sums while they are in
+// the first-level cache. With few rows the input's product is taken for several steps at once, so
+// that W_ih is read once for all of them. Calls of a few rows in all pack nothing and take both
+// products from the weights as they lie (dense.h).
 //
-// Kept in the workspace: both weights packed into panels once per call; h_t twice (one step reads the one, writes
-// the other, so one barrier a step is enough) in the product's type, rows padded with zeros; c_t in float or double.
-// With a projection, o tanh(c) takes h_t's place in the first phase of a step, and a second phase makes h_t of it.
+// Kept in the workspace: both weights packed into panels once per call; h_t twice (one step reads
+// the one, writes the other, so one barrier a step is enough) in the product's type, rows padded
+// with zeros; c_t in float or double. With a projection, o tanh(c) takes h_t's place in the first
+// phase of a step, and a second phase makes h_t of it.
 #pragma once
 
 #include "activations.h"
@@ -31,16 +33,16 @@ struct ForwardPass {
 
   struct Direction {
     Elem *input_panels, *hidden_panels, *projection_panels;
-    A* bias;          // (blocks, 4V)
-    Elem* h[2];       // (B, h_stride)
+    A* bias;            // (blocks, 4V)
+    Elem* h[2];         // (B, h_stride)
     Elem* unprojected;  // (B, m_stride): o tanh(c) when there is a projection
-    A* c;             // (B, c_stride)
+    A* c;               // (B, c_stride)
   };
   struct Private {
-    A* sums;       // (kMaxRows, 4V): one tile
-    A* inputs;     // (blocks of the chunk, chunk_rows, 4V): x W_ih^T + b
-    Elem* x;       // (chunk_rows, x_stride): input rows of a chunk in the product's type
-    A* dense;      // (B, x_dense + h_dense): x_t and h_{t-1} of a step, for the dense products
+    A* sums;    // (kMaxRows, 4V): one tile
+    A* inputs;  // (blocks of the chunk, chunk_rows, 4V): x W_ih^T + b
+    Elem* x;    // (chunk_rows, x_stride): input rows of a chunk in the product's type
+    A* dense;   // (B, x_dense + h_dense): x_t and h_{t-1} of a step, for the dense products
   };
 
   const Forward* args;
@@ -114,7 +116,9 @@ struct ForwardPass {
   }
 
   int team_size() const { return team.threads(); }
-  void clear_barriers() { memset(barriers, 0, sizeof(Barrier) * size_t(1 + directions * team.row_groups)); }
+  void clear_barriers() {
+    memset(barriers, 0, sizeof(Barrier) * size_t(1 + directions * team.row_groups));
+  }
 
   void run(int thread) const {
     if (thread >= team.threads()) return;
@@ -123,7 +127,8 @@ struct ForwardPass {
     Private own = lay_out_private(arena);
     prepare(thread);
     barriers[0].wait(team.threads());
-    for (int d = place.direction; d < directions; d += team.directions) run_direction(d, place, own);
+    for (int d = place.direction; d < directions; d += team.directions)
+      run_direction(d, place, own);
     P::end();
   }
 
@@ -144,10 +149,12 @@ struct ForwardPass {
       const int d = int(item / seq.B);
       const int64_t b = item % seq.B;
       const Direction& dir = direction[d];
-      for (Elem* h : dir.h) copy_row(static_cast<const T*>(args[d].h_0) + b * seq.P, seq.P, h + b * h_stride, h_stride);
+      for (Elem* h : dir.h)
+        copy_row(static_cast<const T*>(args[d].h_0) + b * seq.P, seq.P, h + b * h_stride, h_stride);
       if (seq.projected) memset(dir.unprojected + b * m_stride, 0, size_t(m_stride) * sizeof(Elem));
       const T* c_0 = static_cast<const T*>(args[d].c_0) + b * seq.H;
-      for (int64_t u = 0; u < c_stride; ++u) dir.c[b * c_stride + u] = u < seq.H ? A(to_acc(c_0[u])) : A(0);
+      for (int64_t u = 0; u < c_stride; ++u)
+        dir.c[b * c_stride + u] = u < seq.H ? A(to_acc(c_0[u])) : A(0);
     }
   }
 
@@ -155,7 +162,9 @@ struct ForwardPass {
     const Forward& a = args[d];
     const Direction& dir = direction[d];
     const int64_t first = block * V;
-    auto column = [&](int n) { return first + n % V < seq.H ? n / V * seq.H + first + n % V : int64_t(-1); };
+    auto column = [&](int n) {
+      return first + n % V < seq.H ? n / V * seq.H + first + n % V : int64_t(-1);
+    };
     if (!dense) {
       pack_dense_k<P>(static_cast<const T*>(a.weight_ih), seq.I, seq.I, kWidth, column,
                       dir.input_panels + block * kWidth * x_padded);
@@ -194,9 +203,11 @@ struct ForwardPass {
         if (copy_input) gather_inputs(a, s, rows, own);
         if (chunk_steps > 1) {
           int64_t count = 0;
-          for (int64_t i = s; i < seq.T && i < s + chunk_steps; ++i) count += count_of(rows_at(a.seq.step(i, false), rows));
+          for (int64_t i = s; i < seq.T && i < s + chunk_steps; ++i)
+            count += count_of(rows_at(a.seq.step(i, false), rows));
           for (int64_t block = mine.begin; block < mine.end; ++block)
-            input_product(direction[d], block, own.x, x_stride, count, own.inputs + (block - mine.begin) * chunk_rows * kWidth);
+            input_product(direction[d], block, own.x, x_stride, count,
+                          own.inputs + (block - mine.begin) * chunk_rows * kWidth);
         }
       }
       const int64_t next = s + 1 < seq.T ? seq.rows(a.seq.step(s + 1, false)) : 0;
@@ -205,8 +216,10 @@ struct ForwardPass {
         if (chunk_steps > 1) {
           inputs += ((block - mine.begin) * chunk_rows + inputs_at) * kWidth;
         } else if (!dense && !active.empty()) {
-          const Elem* x = copy_input ? own.x : reinterpret_cast<const Elem*>(input_row(a, t, active.begin));
-          input_product(direction[d], block, x, copy_input ? x_stride : a.input_stride_b, count_of(active), own.inputs);
+          const Elem* x =
+              copy_input ? own.x : reinterpret_cast<const Elem*>(input_row(a, t, active.begin));
+          input_product(direction[d], block, x, copy_input ? x_stride : a.input_stride_b,
+                        count_of(active), own.inputs);
         }
         hidden_step(d, block, s, t, active, next, inputs, own);
       }
@@ -221,11 +234,14 @@ struct ForwardPass {
     for (int64_t b = rows.begin; b < rows.end; ++b)
       for (int64_t block = mine.begin; block < mine.end; ++block) {
         const int64_t u = block * V;
-        store_lanes<false>(static_cast<T*>(a.c_n) + b * seq.H + u, load(direction[d].c + b * c_stride + u), lanes_at(u, seq.H));
+        store_lanes<false>(static_cast<T*>(a.c_n) + b * seq.H + u,
+                           load(direction[d].c + b * c_stride + u), lanes_at(u, seq.H));
       }
   }
 
-  static int lanes_at(int64_t first, int64_t count) { return count - first < V ? int(count - first) : V; }
+  static int lanes_at(int64_t first, int64_t count) {
+    return count - first < V ? int(count - first) : V;
+  }
   static int64_t count_of(const Range& r) { return r.empty() ? 0 : r.end - r.begin; }
 
   const T* input_row(const Forward& a, int64_t t, int64_t b) const {
@@ -244,12 +260,14 @@ struct ForwardPass {
   }
 
   // inputs[r] = x[r] W_ih^T + b_ih + b_hh for one block of units.
-  void input_product(const Direction& dir, int64_t block, const Elem* x, int64_t stride, int64_t rows, A* inputs) const {
+  void input_product(const Direction& dir, int64_t block, const Elem* x, int64_t stride,
+                     int64_t rows, A* inputs) const {
     const int64_t most = P::max_rows(4);
     for (int64_t r = 0; r < rows; r += most) {
       const int m = int(rows - r < most ? rows - r : most);
-      P::run(m, 4, {x + r * stride, stride, P::kStepK, dir.input_panels + block * kWidth * x_padded, x_padded / P::kStepK,
-                    dir.bias + block * kWidth, 0, inputs + r * kWidth});
+      P::run(m, 4,
+             {x + r * stride, stride, P::kStepK, dir.input_panels + block * kWidth * x_padded,
+              x_padded / P::kStepK, dir.bias + block * kWidth, 0, inputs + r * kWidth});
     }
   }
 
@@ -268,15 +286,15 @@ struct ForwardPass {
       for (int gate = 0; gate < 4; ++gate) {
         A* out = sums + i * kWidth + gate * V;
         const int64_t row = gate * seq.H + u;
-        dense_dots(static_cast<const T*>(args[d].weight_ih) + row * seq.I, seq.I, seq.I, operand, lanes_at(u, seq.H),
-                   direction[d].bias + block * kWidth + gate * V, out);
-        dense_dots(static_cast<const T*>(args[d].weight_hh) + row * seq.P, seq.P, seq.P, operand + x_dense,
-                   lanes_at(u, seq.H), out, out);
+        dense_dots(static_cast<const T*>(args[d].weight_ih) + row * seq.I, seq.I, seq.I, operand,
+                   lanes_at(u, seq.H), direction[d].bias + block * kWidth + gate * V, out);
+        dense_dots(static_cast<const T*>(args[d].weight_hh) + row * seq.P, seq.P, seq.P,
+                   operand + x_dense, lanes_at(u, seq.H), out, out);
       }
   }
 
-  void hidden_step(int d, int64_t block, int64_t s, int64_t t, const Range& active, int64_t next, const A* inputs,
-                   const Private& own) const {
+  void hidden_step(int d, int64_t block, int64_t s, int64_t t, const Range& active, int64_t next,
+                   const A* inputs, const Private& own) const {
     const Forward& a = args[d];
     A* sums = own.sums;
     const Direction& dir = direction[d];
@@ -288,54 +306,65 @@ struct ForwardPass {
       if (dense) {
         dense_sums(d, block, m, own.dense + (r - active.begin) * (x_dense + h_dense), sums);
       } else {
-        P::run(m, 4, {h + r * h_stride, h_stride, P::kStepK, dir.hidden_panels + block * kWidth * h_padded,
-                      h_padded / P::kStepK, inputs + (r - active.begin) * kWidth, kWidth, sums});
+        P::run(
+            m, 4,
+            {h + r * h_stride, h_stride, P::kStepK, dir.hidden_panels + block * kWidth * h_padded,
+             h_padded / P::kStepK, inputs + (r - active.begin) * kWidth, kWidth, sums});
       }
-      for (int i = 0; i < m; ++i) {
-        if (lanes == V) {
-          cell<true>(a, dir, s, first, r + i, next, u, lanes, sums + i * kWidth);
+      if (lanes == V) {
+        cells<true>(a, dir, s, first, r, m, next, u, lanes, sums);
+      } else {
+        cells<false>(a, dir, s, first, r, m, next, u, lanes, sums);
+      }
+    }
+  }
+
+  // Gates, cells and hidden states of rows b to b + rows, units u to u + lanes. Two rounds, so that
+  // tanh(c) need not wait for the gates of its own row.
+  template <bool whole>
+  void cells(const Forward& a, const Direction& dir, int64_t s, int64_t first, int64_t b, int rows,
+             int64_t next, int64_t u, int lanes, A* sums) const {
+    for (int r = 0; r < rows; ++r) {
+      A* row = sums + r * kWidth;
+      Vec<A> gate[4] = {load(row), load(row + V), load(row + 2 * V), load(row + 3 * V)};
+      activate_gates<A>(gate);
+      A* state = dir.c + (b + r) * c_stride + u;
+      const Vec<A> c = gate[1] * load(state) + gate[0] * gate[2];
+      store(state, c);
+      store(row, gate[3]);
+      if (a.gates) {
+        T* gates = static_cast<T*>(a.gates) + (first + b + r) * 4 * seq.H + u;
+        for (int g = 0; g < 4; ++g) store_lanes<whole>(gates + g * seq.H, gate[g], lanes);
+        store_lanes<whole>(static_cast<T*>(a.cells) + (first + b + r) * seq.H + u, c, lanes);
+      }
+    }
+    for (int r = 0; r < rows; r += 2) {
+      const int pair[2] = {r, r + 1 < rows ? r + 1 : r};  // an odd last row is taken twice
+      Vec<A> c[2] = {load(dir.c + (b + pair[0]) * c_stride + u),
+                     load(dir.c + (b + pair[1]) * c_stride + u)};
+      tanh_each<A, 2>(c);
+      for (int i = 0; i < 2; ++i) {
+        const Vec<A> hidden = load(sums + pair[i] * kWidth) * c[i];
+        if (seq.projected) {
+          store_operand<whole>(dir.unprojected + (b + pair[i]) * m_stride + u, hidden, lanes);
         } else {
-          cell<false>(a, dir, s, first, r + i, next, u, lanes, sums + i * kWidth);
+          emit<whole>(a, dir, s, first, b + pair[i], next, u, lanes, hidden);
         }
       }
     }
   }
 
-  // Gates, cell and hidden state of row b, units u to u + lanes.
-  template <bool whole>
-  void cell(const Forward& a, const Direction& dir, int64_t s, int64_t first, int64_t b, int64_t next, int64_t u,
-            int lanes, const A* sums) const {
-    const Vec<A> i = sigmoid<A>(load(sums)), f = sigmoid<A>(load(sums + V));
-    const Vec<A> g = tanh<A>(load(sums + 2 * V)), o = sigmoid<A>(load(sums + 3 * V));
-    A* state = dir.c + b * c_stride + u;
-    const Vec<A> c = f * load(state) + i * g;
-    store(state, c);
-    const Vec<A> hidden = o * tanh<A>(c);
-    if (a.gates) {
-      T* gates = static_cast<T*>(a.gates) + (first + b) * 4 * seq.H + u;
-      store_lanes<whole>(gates, i, lanes);
-      store_lanes<whole>(gates + seq.H, f, lanes);
-      store_lanes<whole>(gates + 2 * seq.H, g, lanes);
-      store_lanes<whole>(gates + 3 * seq.H, o, lanes);
-      store_lanes<whole>(static_cast<T*>(a.cells) + (first + b) * seq.H + u, c, lanes);
-    }
-    if (seq.projected) {
-      store_operand<whole>(dir.unprojected + b * m_stride + u, hidden, lanes);
-    } else {
-      emit<whole>(a, dir, s, first, b, next, u, lanes, hidden);
-    }
-  }
-
   // h_t, where the caller, the next step and, after a sequence's last step, h_n want it.
   template <bool whole>
-  void emit(const Forward& a, const Direction& dir, int64_t s, int64_t first, int64_t b, int64_t next, int64_t u,
-            int lanes, Vec<A> h) const {
+  void emit(const Forward& a, const Direction& dir, int64_t s, int64_t first, int64_t b,
+            int64_t next, int64_t u, int lanes, Vec<A> h) const {
     store_lanes<whole>(static_cast<T*>(a.output) + (first + b) * a.output_stride + u, h, lanes);
     store_operand<whole>(dir.h[(s + 1) % 2] + b * h_stride + u, h, lanes);
     if (b >= next) store_lanes<whole>(static_cast<T*>(a.h_n) + b * seq.P + u, h, lanes);
   }
 
-  // In the product's type, but rounded to the compute dtype first: the next step sees what the caller sees.
+  // In the product's type, but rounded to the compute dtype first: the next step sees what the
+  // caller sees.
   template <bool whole>
   static void store_operand(Elem* to, Vec<A> value, int lanes) {
     if constexpr (!kSameType) {
@@ -346,20 +375,24 @@ struct ForwardPass {
     store_lanes<whole>(to, value, lanes);
   }
 
-  void projection_step(int d, int64_t block, int64_t s, int64_t t, const Range& active, int64_t next, A* sums) const {
+  void projection_step(int d, int64_t block, int64_t s, int64_t t, const Range& active,
+                       int64_t next, A* sums) const {
     const Forward& a = args[d];
     const Direction& dir = direction[d];
     const int vectors = projection.vectors_of(block);
-    const int64_t most = P::max_rows(vectors), first = seq.first_row(t), column = projection.first(block);
+    const int64_t most = P::max_rows(vectors), first = seq.first_row(t),
+                  column = projection.first(block);
     static const A zeros[kWidth] = {};
     for (int64_t r = active.begin; r < active.end; r += most) {
       const int m = int(active.end - r < most ? active.end - r : most);
-      P::run(m, vectors, {dir.unprojected + r * m_stride, m_stride, P::kStepK, dir.projection_panels + column * m_padded,
-                          m_padded / P::kStepK, zeros, 0, sums});
+      P::run(m, vectors,
+             {dir.unprojected + r * m_stride, m_stride, P::kStepK,
+              dir.projection_panels + column * m_padded, m_padded / P::kStepK, zeros, 0, sums});
       for (int i = 0; i < m; ++i)
         for (int v = 0; v < vectors; ++v) {
           const int64_t u = column + v * V;
-          emit<false>(a, dir, s, first, r + i, next, u, lanes_at(u, seq.P), load(sums + i * kWidth + v * V));
+          emit<false>(a, dir, s, first, r + i, next, u, lanes_at(u, seq.P),
+                      load(sums + i * kWidth + v * V));
         }
     }
   }

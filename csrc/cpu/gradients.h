@@ -4,10 +4,11 @@
 //   dW_hr = grad_projected^T (o tanh(c))                   (P, H)
 //   dx    = dgates W_ih, summed over directions            (N, I)
 //
-// torch's products would do, but its float GEMM reaches 80 to 93 of this kernel's 220 GFLOP/s a core where MKL
-// meets an AMD processor, and its half GEMM has no vector code at all. Threads split the rows of the result, so
-// no sum is shared and none depends on their number. K is cut into chunks that fit the second-level cache; a
-// chunk's x and h_{t-1} are packed as panels from where they lie (any strides, packed or not, h_0 at the ends).
+// torch's products would do, but its float GEMM reaches 80 to 93 of this kernel's 220 GFLOP/s a
+// core where MKL meets an AMD processor, and its half GEMM has no vector code at all. Threads split
+// the rows of the result, so no sum is shared and none depends on their number. K is cut into
+// chunks that fit the second-level cache; a chunk's x and h_{t-1} are packed as panels from where
+// they lie (any strides, packed or not, h_0 at the ends).
 #pragma once
 
 #include "team.h"
@@ -23,8 +24,9 @@ struct GradientsPass {
   static constexpr int kWidth = kTileWidth<A>;
   static constexpr int R = P::kStripRows;
   static constexpr bool kSameType = sizeof(Elem) == sizeof(T);
-  static constexpr int64_t kChunk = 256;    // rows of K at a time: a panel is 64 KB
-  static constexpr int64_t kInputRows = 96;  // rows of dx at a time: a multiple of every tile's rows
+  static constexpr int64_t kChunk = 256;  // rows of K at a time: a panel is 64 KB
+  static constexpr int64_t kInputRows =
+      96;  // rows of dx at a time: a multiple of every tile's rows
 
   // One transposed product: `rows` of the result from left's columns, `columns` from right's.
   struct Job {
@@ -57,7 +59,8 @@ struct GradientsPass {
   int64_t lay_out(void* workspace) {
     Arena arena{static_cast<char*>(workspace)};
     barriers = arena.take<Barrier>(1);
-    for (int d = 0; d < directions; ++d) input_panels[d] = arena.take<Elem>(input_columns.padded() * g_padded);
+    for (int d = 0; d < directions; ++d)
+      input_panels[d] = arena.take<Elem>(input_columns.padded() * g_padded);
     private_base = static_cast<char*>(workspace) + arena.used;
     // a thread does one job after another in the same space
     private_bytes = 64 * kWidth * int64_t(sizeof(A));
@@ -82,10 +85,12 @@ struct GradientsPass {
       for (int64_t b = thread; b < input_columns.count(); b += threads) {
         const int64_t first = input_columns.first(b);
         pack_dense_columns<P>(static_cast<const T*>(args[d].weight_ih) + first, seq.I, 4 * seq.H,
-                              input_columns.vectors_of(b) * V, seq.I - first, input_panels[d] + first * g_padded);
+                              input_columns.vectors_of(b) * V, seq.I - first,
+                              input_panels[d] + first * g_padded);
       }
     for (int d = 0; d < directions; ++d)
-      for (int projection = 0; projection < 2; ++projection) weight_gradient(d, projection, thread, own);
+      for (int projection = 0; projection < 2; ++projection)
+        weight_gradient(d, projection, thread, own);
     if (input_columns.columns > 0) {
       barriers[0].wait(threads);
       input_gradient(thread, own);
@@ -95,8 +100,11 @@ struct GradientsPass {
 
   Job job_of(int d, bool projection) const {
     const Gradients& a = args[d];
-    if (projection) return {static_cast<const T*>(a.grad_projected), seq.P, ColumnBlocks(a.grad_weight_hr ? seq.H : 0, V, 1)};
-    const int64_t columns = (a.grad_weight_ih ? seq.I : 0) + (a.grad_weight_hh ? seq.P : 0) + (a.grad_bias ? 1 : 0);
+    if (projection)
+      return {static_cast<const T*>(a.grad_projected), seq.P,
+              ColumnBlocks(a.grad_weight_hr ? seq.H : 0, V, 1)};
+    const int64_t columns =
+        (a.grad_weight_ih ? seq.I : 0) + (a.grad_weight_hh ? seq.P : 0) + (a.grad_bias ? 1 : 0);
     return {static_cast<const T*>(a.dgates), 4 * seq.H, ColumnBlocks(columns, V, 1)};
   }
 
@@ -106,7 +114,8 @@ struct GradientsPass {
   };
 
   Buffers lay_out_job(const Job& job, Arena& arena) const {
-    const int64_t strips = (job.rows + R - 1) / R, share_of_strips = (strips + threads - 1) / threads;
+    const int64_t strips = (job.rows + R - 1) / R,
+                  share_of_strips = (strips + threads - 1) / threads;
     Buffers buffers;
     buffers.panels = arena.take<Elem>(kChunk * job.blocks.padded());
     buffers.row = arena.take<Elem>(job.blocks.padded());
@@ -135,15 +144,16 @@ struct GradientsPass {
       }
       for (int64_t s = mine.begin; s < mine.end; ++s) {
         const int there = int(job.rows - s * R < R ? job.rows - s * R : R);
-        P::pack_strip(job.left + k * job.rows + s * R, job.rows, count, there, buffers.strips + (s - mine.begin) * R * kChunk);
+        P::pack_strip(job.left + k * job.rows + s * R, job.rows, count, there,
+                      buffers.strips + (s - mine.begin) * R * kChunk);
       }
       for (int64_t block = 0; block < job.blocks.count(); ++block)
         for (int64_t s = 0; s < mine.end - mine.begin; ++s) {
           A* sums = buffers.sums + (s * job.blocks.count() + block) * R * kWidth;
           P::run(R, job.blocks.vectors_of(block),
                  {buffers.strips + s * R * kChunk, P::strip_stride(count), P::strip_step(),
-                  buffers.panels + job.blocks.first(block) * padded, padded / P::kStepK, k ? sums : zeros,
-                  k ? kWidth : 0, sums});
+                  buffers.panels + job.blocks.first(block) * padded, padded / P::kStepK,
+                  k ? sums : zeros, k ? kWidth : 0, sums});
         }
     }
     for (int64_t s = mine.begin; s < mine.end; ++s)
@@ -153,18 +163,23 @@ struct GradientsPass {
   }
 
   // Row k of [x | h_{t-1} | 1], or of o tanh(c); zeros behind the last row and the last column.
-  void fill_right(int d, bool projection, const Job& job, bool there, int64_t t, int64_t b, int64_t k, Elem* row) const {
+  void fill_right(int d, bool projection, const Job& job, bool there, int64_t t, int64_t b,
+                  int64_t k, Elem* row) const {
     const Gradients& a = args[d];
     Elem* end = row + job.blocks.padded();
     if (there && projection) row = append(static_cast<const T*>(a.hidden) + k * seq.H, seq.H, row);
     if (there && !projection) {
       if (a.grad_weight_ih)
-        row = append(static_cast<const T*>(a.input) + seq.offset(t, b, a.input_stride_t, a.input_stride_b), seq.I, row);
+        row = append(
+            static_cast<const T*>(a.input) + seq.offset(t, b, a.input_stride_t, a.input_stride_b),
+            seq.I, row);
       if (a.grad_weight_hh) {
         const int64_t before = a.seq.reverse ? t + 1 : t - 1;
         const bool first = before < 0 || before >= seq.T || b >= seq.rows(before);
-        row = append(first ? static_cast<const T*>(a.h_0) + b * seq.P
-                           : static_cast<const T*>(a.output) + (seq.first_row(before) + b) * a.output_stride, seq.P, row);
+        row = append(
+            first ? static_cast<const T*>(a.h_0) + b * seq.P
+                  : static_cast<const T*>(a.output) + (seq.first_row(before) + b) * a.output_stride,
+            seq.P, row);
       }
       if (a.grad_bias) {
         const T one = unit();
@@ -186,7 +201,8 @@ struct GradientsPass {
   }
 
   // One row of K into every panel of the chunk.
-  static void scatter(const ColumnBlocks& blocks, const Elem* row, int64_t k, int64_t padded, Elem* panels) {
+  static void scatter(const ColumnBlocks& blocks, const Elem* row, int64_t k, int64_t padded,
+                      Elem* panels) {
     constexpr int S = P::kStepK;
     for (int64_t block = 0; block < blocks.count(); ++block) {
       const int width = blocks.vectors_of(block) * V;
@@ -228,7 +244,8 @@ struct GradientsPass {
     static const A zeros[kWidth] = {};
     T* dx = static_cast<T*>(args[0].grad_input);
     for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
-      const int64_t begin = chunk * kInputRows, end = begin + kInputRows < N ? begin + kInputRows : N;
+      const int64_t begin = chunk * kInputRows,
+                    end = begin + kInputRows < N ? begin + kInputRows : N;
       if (copy_dgates && directions == 1) copy_rows(0, begin, end, copied);
       for (int64_t block = 0; block < input_columns.count(); ++block) {
         const int vectors = input_columns.vectors_of(block);
@@ -238,9 +255,13 @@ struct GradientsPass {
           for (int d = 0; d < directions; ++d) {
             if (copy_dgates && directions > 1) copy_rows(d, r, r + m, copied);
             const int64_t skip = directions > 1 ? 0 : r - begin;
-            const Elem* operand = copy_dgates ? copied + skip * g_stride : reinterpret_cast<const Elem*>(args[d].dgates) + r * 4 * seq.H;
-            P::run(m, vectors, {operand, copy_dgates ? g_stride : 4 * seq.H, P::kStepK, input_panels[d] + column * g_padded,
-                                g_padded / P::kStepK, d ? sums : zeros, d ? kWidth : 0, sums});
+            const Elem* operand =
+                copy_dgates ? copied + skip * g_stride
+                            : reinterpret_cast<const Elem*>(args[d].dgates) + r * 4 * seq.H;
+            P::run(m, vectors,
+                   {operand, copy_dgates ? g_stride : 4 * seq.H, P::kStepK,
+                    input_panels[d] + column * g_padded, g_padded / P::kStepK, d ? sums : zeros,
+                    d ? kWidth : 0, sums});
           }
           for (int i = 0; i < m; ++i)
             for (int v = 0; v < vectors; ++v) {
@@ -255,7 +276,8 @@ struct GradientsPass {
 
   void copy_rows(int d, int64_t begin, int64_t end, Elem* to) const {
     for (int64_t r = begin; r < end; ++r)
-      copy_row(static_cast<const T*>(args[d].dgates) + r * 4 * seq.H, 4 * seq.H, to + (r - begin) * g_stride, g_padded);
+      copy_row(static_cast<const T*>(args[d].dgates) + r * 4 * seq.H, 4 * seq.H,
+               to + (r - begin) * g_stride, g_padded);
   }
 };
 

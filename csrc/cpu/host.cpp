@@ -1,13 +1,12 @@
-// The CPU kernels behind the operators: shapes and buffers out of tensors, then the kernel of the instruction set
-// in use.
-#include <torch/library.h>
-
+// The CPU kernels behind the operators: shapes and buffers out of tensors, then the kernel of the
+// instruction set in use.
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/List.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
+#include <torch/library.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -27,19 +26,25 @@ struct BelowAutograd {
 
 Dtype dtype_of(const at::Tensor& t) {
   switch (t.scalar_type()) {
-    case at::kFloat: return kFloat32;
-    case at::kDouble: return kFloat64;
-    case at::kBFloat16: return kBFloat16;
-    case at::kHalf: return kFloat16;
+    case at::kFloat:
+      return kFloat32;
+    case at::kDouble:
+      return kFloat64;
+    case at::kBFloat16:
+      return kBFloat16;
+    case at::kHalf:
+      return kFloat16;
     default:
-      TORCH_CHECK(false, "fused_lstm: the CPU kernels take float32, float64, bfloat16 and float16, got ", t.scalar_type(),
-                  ": use backend(\"reference\")");
+      TORCH_CHECK(false,
+                  "fused_lstm: the CPU kernels take float32, float64, bfloat16 and float16, got ",
+                  t.scalar_type(), ": use backend(\"reference\")");
   }
 }
 
 int thread_count() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-// Large blocks are mapped anew at each call; asked for in huge pages they are faulted in 2 MB at a time.
+// Large blocks are mapped anew at each call; asked for in huge pages they are faulted in 2 MB at a
+// time.
 at::Tensor buffer(at::IntArrayRef shape, const at::TensorOptions& options) {
   at::Tensor t = at::empty(shape, options);
 #if defined(__linux__)
@@ -53,8 +58,8 @@ at::Tensor buffer(at::IntArrayRef shape, const at::TensorOptions& options) {
   return t;
 }
 
-// One block for each calling thread, as large as its largest call yet: mapping a few MB anew costs as much as a
-// short sequence. Weights' size and a few rows, never T.
+// One block for each calling thread, as large as its largest call yet: mapping a few MB anew costs
+// as much as a short sequence. Weights' size and a few rows, never T.
 void* workspace(int64_t bytes) {
   constexpr int64_t kAlign = 64;
   static thread_local std::vector<char> block;
@@ -62,7 +67,8 @@ void* workspace(int64_t bytes) {
     block.clear();
     block.resize(size_t(bytes + kAlign));
   }
-  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(block.data()) + kAlign - 1) & ~uintptr_t(kAlign - 1));
+  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(block.data()) + kAlign - 1) &
+                                 ~uintptr_t(kAlign - 1));
 }
 
 at::Tensor dense_rows(const at::Tensor& t) {
@@ -70,13 +76,21 @@ at::Tensor dense_rows(const at::Tensor& t) {
 }
 
 Sequence sequence_of(const Layer& layer, int64_t d) {
-  return {layer.T, layer.B, layer.I, layer.H, layer.P, layer.packed ? layer.batch_sizes.data() : nullptr,
-          layer.packed ? layer.offsets.data() : nullptr, d == 1, layer.projected};
+  return {layer.T,
+          layer.B,
+          layer.I,
+          layer.H,
+          layer.P,
+          layer.packed ? layer.batch_sizes.data() : nullptr,
+          layer.packed ? layer.offsets.data() : nullptr,
+          d == 1,
+          layer.projected};
 }
 
 // (directions, ...) buffers: the part of direction d, null where there is none.
 void* part(const at::Tensor& t, int64_t d) {
-  return t.defined() ? static_cast<char*>(t.data_ptr()) + d * t.stride(0) * t.element_size() : nullptr;
+  return t.defined() ? static_cast<char*>(t.data_ptr()) + d * t.stride(0) * t.element_size()
+                     : nullptr;
 }
 
 // (rows, D * P) tensors: from `column` on.
@@ -91,7 +105,8 @@ at::Tensor contiguous(const at::Tensor& t) { return t.defined() ? t.contiguous()
 std::vector<Weights> contiguous(const std::vector<Weights>& weights) {
   std::vector<Weights> dense;
   for (const Weights& w : weights)
-    dense.push_back({contiguous(w.ih), contiguous(w.hh), contiguous(w.bias_ih), contiguous(w.bias_hh), contiguous(w.hr)});
+    dense.push_back({contiguous(w.ih), contiguous(w.hh), contiguous(w.bias_ih),
+                     contiguous(w.bias_hh), contiguous(w.hr)});
   return dense;
 }
 
@@ -99,15 +114,17 @@ struct Result {
   at::Tensor output, h_n, c_n, gates, cells;
 };
 
-Result forward(const at::Tensor& input, const std::optional<at::Tensor>& batch_sizes, const at::Tensor& h_0,
-               const at::Tensor& c_0, at::TensorList flat_weights, bool save) {
+Result forward(const at::Tensor& input, const std::optional<at::Tensor>& batch_sizes,
+               const at::Tensor& h_0, const at::Tensor& c_0, at::TensorList flat_weights,
+               bool save) {
   const BelowAutograd guard;
   const Layer layer(input, batch_sizes, h_0, c_0, flat_weights);
   const Dtype dtype = dtype_of(input);
   const at::TensorOptions options = input.options();
   const int64_t D = layer.directions, width = D * layer.P;
   Result result;
-  result.output = layer.packed ? buffer({layer.N, width}, options) : buffer({layer.T, layer.B, width}, options);
+  result.output =
+      layer.packed ? buffer({layer.N, width}, options) : buffer({layer.T, layer.B, width}, options);
   result.h_n = at::empty({D, layer.B, layer.P}, options);
   result.c_n = at::empty({D, layer.B, layer.H}, options);
   if (save) {
@@ -146,45 +163,51 @@ Result forward(const at::Tensor& input, const std::optional<at::Tensor>& batch_s
   return result;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> lstm_inference(const at::Tensor& input,
-                                                              const std::optional<at::Tensor>& batch_sizes,
-                                                              const at::Tensor& h_0, const at::Tensor& c_0,
-                                                              at::TensorList weights) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> lstm_inference(
+    const at::Tensor& input, const std::optional<at::Tensor>& batch_sizes, const at::Tensor& h_0,
+    const at::Tensor& c_0, at::TensorList weights) {
   Result r = forward(input, batch_sizes, h_0, c_0, weights, false);
   return {r.output, r.h_n, r.c_n};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> lstm_forward(
-    const at::Tensor& input, const std::optional<at::Tensor>& batch_sizes, const at::Tensor& h_0, const at::Tensor& c_0,
-    at::TensorList weights) {
+    const at::Tensor& input, const std::optional<at::Tensor>& batch_sizes, const at::Tensor& h_0,
+    const at::Tensor& c_0, at::TensorList weights) {
   Result r = forward(input, batch_sizes, h_0, c_0, weights, true);
   return {r.output, r.h_n, r.c_n, r.gates, r.cells};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> lstm_backward(
-    const std::optional<at::Tensor>& maybe_grad_output, const std::optional<at::Tensor>& maybe_grad_h_n,
-    const std::optional<at::Tensor>& maybe_grad_c_n, const at::Tensor& input, const std::optional<at::Tensor>& batch_sizes,
-    const at::Tensor& h_0, const at::Tensor& c_0, at::TensorList flat_weights, const at::Tensor& output,
-    const at::Tensor& gates, const at::Tensor& cells, c10::List<bool> needs) {
+    const std::optional<at::Tensor>& maybe_grad_output,
+    const std::optional<at::Tensor>& maybe_grad_h_n,
+    const std::optional<at::Tensor>& maybe_grad_c_n, const at::Tensor& input,
+    const std::optional<at::Tensor>& batch_sizes, const at::Tensor& h_0, const at::Tensor& c_0,
+    at::TensorList flat_weights, const at::Tensor& output, const at::Tensor& gates,
+    const at::Tensor& cells, c10::List<bool> needs) {
   const BelowAutograd guard;
   const Layer layer(input, batch_sizes, h_0, c_0, flat_weights);
-  TORCH_CHECK(needs.size() == 3 + flat_weights.size(), "fused_lstm: needs must say it for input, h_0, c_0 and each of ",
-              flat_weights.size(), " weights, got ", needs.size());
+  TORCH_CHECK(needs.size() == 3 + flat_weights.size(),
+              "fused_lstm: needs must say it for input, h_0, c_0 and each of ", flat_weights.size(),
+              " weights, got ", needs.size());
   const Dtype dtype = dtype_of(input);
   const at::TensorOptions options = input.options();
   const int64_t D = layer.directions;
   const at::Tensor grad_output = maybe_grad_output.value_or(at::Tensor());
-  const at::Tensor grad_h_n = maybe_grad_h_n.value_or(at::Tensor()), grad_c_n = maybe_grad_c_n.value_or(at::Tensor());
+  const at::Tensor grad_h_n = maybe_grad_h_n.value_or(at::Tensor()),
+                   grad_c_n = maybe_grad_c_n.value_or(at::Tensor());
   // N == 0 is B == 0: nothing runs, and the weights' gradients are sums of nothing
   auto wanted = [&](bool need, at::IntArrayRef shape) {
-    return !need ? at::empty({0}, options) : layer.N ? buffer(shape, options) : at::zeros(shape, options);
+    return !need     ? at::empty({0}, options)
+           : layer.N ? buffer(shape, options)
+                     : at::zeros(shape, options);
   };
   const int64_t each = int64_t(flat_weights.size()) / D;
   const at::Tensor grad_input = wanted(needs[0], input.sizes());
   const at::Tensor grad_h_0 = at::empty_like(h_0, at::MemoryFormat::Contiguous);
   const at::Tensor grad_c_0 = at::empty_like(c_0, at::MemoryFormat::Contiguous);
   std::vector<at::Tensor> grad_weights;
-  for (size_t w = 0; w < flat_weights.size(); ++w) grad_weights.push_back(wanted(needs[3 + w], flat_weights[w].sizes()));
+  for (size_t w = 0; w < flat_weights.size(); ++w)
+    grad_weights.push_back(wanted(needs[3 + w], flat_weights[w].sizes()));
 
   if (layer.N > 0) {
     const at::Tensor dgates = buffer({D, layer.N, 4 * layer.H}, options);
@@ -193,8 +216,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> lstm_bac
       hidden = buffer({D, layer.N, layer.H}, options);
       grad_projected = buffer({D, layer.N, layer.P}, options);
     }
-    const at::Tensor dy = dense_rows(grad_output), dh = contiguous(grad_h_n), dc = contiguous(grad_c_n);
-    const at::Tensor x = dense_rows(input), h = h_0.contiguous(), c = c_0.contiguous(), y = output.contiguous();
+    const at::Tensor dy = dense_rows(grad_output), dh = contiguous(grad_h_n),
+                     dc = contiguous(grad_c_n);
+    const at::Tensor x = dense_rows(input), h = h_0.contiguous(), c = c_0.contiguous(),
+                     y = output.contiguous();
     const at::Tensor saved_gates = gates.contiguous(), saved_cells = cells.contiguous();
     const std::vector<Weights> weights = contiguous(layer.weights);
     Backward back[2];
@@ -220,7 +245,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> lstm_bac
       a.grad_projected = part(grad_projected, d);
 
       const int64_t first = d * each;
-      auto target = [&](int64_t w) { return needs[3 + first + w] ? grad_weights[first + w].data_ptr() : nullptr; };
+      auto target = [&](int64_t w) {
+        return needs[3 + first + w] ? grad_weights[first + w].data_ptr() : nullptr;
+      };
       Gradients& g = products[d];
       g.seq = a.seq;
       g.dgates = a.dgates;
@@ -241,13 +268,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> lstm_bac
     }
     const Kernel& kernel = active_kernel(dtype);
     const int threads = thread_count();
-    kernel.backward(back, int(D), threads, workspace(kernel.backward_workspace(back, int(D), threads)));
-    kernel.gradients(products, int(D), threads, workspace(kernel.gradients_workspace(products, int(D), threads)));
+    kernel.backward(back, int(D), threads,
+                    workspace(kernel.backward_workspace(back, int(D), threads)));
+    kernel.gradients(products, int(D), threads,
+                     workspace(kernel.gradients_workspace(products, int(D), threads)));
     for (int64_t b = 2; layer.biased && b < int64_t(flat_weights.size()); b += each)
-      if (needs[3 + b] && needs[4 + b]) grad_weights[b + 1].copy_(grad_weights[b]);  // both biases are added to the gates
+      if (needs[3 + b] && needs[4 + b])
+        grad_weights[b + 1].copy_(grad_weights[b]);  // both biases are added to the gates
   }
-  return {grad_input, needs[1] ? grad_h_0 : at::empty({0}, options), needs[2] ? grad_c_0 : at::empty({0}, options),
-          std::move(grad_weights)};
+  return {grad_input, needs[1] ? grad_h_0 : at::empty({0}, options),
+          needs[2] ? grad_c_0 : at::empty({0}, options), std::move(grad_weights)};
 }
 
 }  // namespace

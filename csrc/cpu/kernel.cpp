@@ -1,12 +1,12 @@
-// The CPU kernels, compiled once for each instruction set (FUSED_LSTM_ISA names it; setup.py gives the flags).
-// What is computed and how it is shared out: forward.h, backward.h and gradients.h; the product: product.h; the
-// threads: team.h.
+// The CPU kernels, compiled once for each instruction set (FUSED_LSTM_ISA names it; setup.py gives
+// the flags). What is computed and how it is shared out: forward.h, backward.h and gradients.h; the
+// product: product.h; the threads: team.h.
 //
-// Everything lives in a namespace of the set's name and uses no inline function of the standard library: the
-// linker would merge such a function's copies and could keep the one compiled for a set this machine lacks.
-#include "dispatch.h"
-
+// Everything lives in a namespace of the set's name and uses no inline function of the standard
+// library: the linker would merge such a function's copies and could keep the one compiled for a
+// set this machine lacks.
 #include "backward.h"
+#include "dispatch.h"
 #include "forward.h"
 #include "gradients.h"
 
@@ -26,7 +26,8 @@ static void run(const Args* args, int directions, int threads, void* workspace) 
     Pass pass(args, directions, n);
     pass.lay_out(workspace);
     pass.clear_barriers();
-    // All n threads, though the team may be smaller: OpenMP ends and remakes threads when their number changes.
+    // All n threads, though the team may be smaller: OpenMP ends and remakes threads when their
+    // number changes.
     return run_team(pass.team_size() == 1 ? 1 : n, [&](int thread) { pass.run(thread); });
   };
   if (!attempt(threads)) attempt(1);
@@ -34,12 +35,13 @@ static void run(const Args* args, int directions, int threads, void* workspace) 
 
 template <class T>
 constexpr Kernel kernel_of() {
-  return {workspace_bytes<ForwardPass<T>, Forward>, run<ForwardPass<T>, Forward>,
-          workspace_bytes<BackwardPass<T>, Backward>, run<BackwardPass<T>, Backward>,
+  return {workspace_bytes<ForwardPass<T>, Forward>,     run<ForwardPass<T>, Forward>,
+          workspace_bytes<BackwardPass<T>, Backward>,   run<BackwardPass<T>, Backward>,
           workspace_bytes<GradientsPass<T>, Gradients>, run<GradientsPass<T>, Gradients>};
 }
 
 extern const Kernel kernels[kDtypes];
-const Kernel kernels[kDtypes] = {kernel_of<float>(), kernel_of<double>(), kernel_of<BFloat16>(), kernel_of<Half>()};
+const Kernel kernels[kDtypes] = {kernel_of<float>(), kernel_of<double>(), kernel_of<BFloat16>(),
+                                 kernel_of<Half>()};
 
 }  // namespace fused_lstm::cpu::FUSED_LSTM_ISA

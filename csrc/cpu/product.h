@@ -1,14 +1,16 @@
-// The product of a tile: MR rows of an operand against NV vectors of columns, summed in registers over K, from
-// packed panels.
+// The product of a tile: MR rows of an operand against NV vectors of columns, summed in registers
+// over K, from packed panels.
 //
-//   operand  rows `stride` apart, steps of K `step` apart, of the product's type; zero up to a multiple of kPadK
-//   panel    [K / kStepK][NV * lanes][kStepK], K padded likewise: the columns of one tile, as they are read
-//   init     (MR, NV * lanes) rows `init_stride` apart: what the sums start from (0: the same row for all)
-//   out      (MR, NV * lanes) of the accumulation type, rows kTileWidth (four vectors) apart
+//   operand  rows `stride` apart, steps of K `step` apart, of the product's type; zero up to a
+//   multiple of kPadK panel    [K / kStepK][NV * lanes][kStepK], K padded likewise: the columns of
+//   one tile, as they are read init     (MR, NV * lanes) rows `init_stride` apart: what the sums
+//   start from (0: the same row for all) out      (MR, NV * lanes) of the accumulation type, rows
+//   kTileWidth (four vectors) apart
 //
-// Every sum runs over K in the same order whatever MR and NV are, so how the work is split over threads never
-// changes a bit of the result: stretches of kStretch steps are summed from zero and added up, which keeps the
-// rounding error of a long K at that of a short one. MR * NV sums fill the registers: 24 of 32, or 12 of 16.
+// Every sum runs over K in the same order whatever MR and NV are, so how the work is split over
+// threads never changes a bit of the result: stretches of kStretch steps are summed from zero and
+// added up, which keeps the rounding error of a long K at that of a short one. MR * NV sums fill
+// the registers: 24 of 32, or 12 of 16.
 #pragma once
 
 #include "vec.h"
@@ -21,9 +23,11 @@ namespace fused_lstm::cpu::FUSED_LSTM_ISA {
 
 constexpr int kMaxVectors = 4;
 constexpr int kMaxRows = 32;
-constexpr int64_t kStretch = 256;
+constexpr int64_t kStretch = 64;
 
-inline constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 FUSED_LSTM_INLINE void convert(const float& from, float& to) { to = from; }
 FUSED_LSTM_INLINE void convert(const double& from, double& to) { to = from; }
@@ -70,8 +74,9 @@ struct MultiplyPairs {
 };
 #endif
 
-// How a compute dtype is multiplied. Half, and bfloat16 without instructions of its own, are widened to float
-// when they are packed: on processors that lack them that is faster than widening in the product.
+// How a compute dtype is multiplied. Half, and bfloat16 without instructions of its own, are
+// widened to float when they are packed: on processors that lack them that is faster than widening
+// in the product.
 template <class T>
 struct DotOf {
   using type = Multiply<float, float>;
@@ -82,7 +87,7 @@ struct DotOf<double> {
 };
 
 template <class A>
-constexpr int kTileWidth = kMaxVectors* kLanes<A>;
+constexpr int kTileWidth = kMaxVectors * kLanes<A>;
 
 // What a tile is computed from; K in steps of kStepK, the padding included.
 template <class Elem, class A>
@@ -97,10 +102,16 @@ struct Tile {
 };
 
 template <int NV>
-constexpr int kRowsFor = kRegisters == 32 ? (NV == 4 ? 6 : NV == 3 ? 8 : 12) : (NV == 4 ? 3 : NV == 3 ? 4 : 6);
+constexpr int kRowsFor = kRegisters == 32 ? (NV == 4   ? 6
+                                             : NV == 3 ? 8
+                                                       : 12)
+                                          : (NV == 4   ? 3
+                                             : NV == 3 ? 4
+                                                       : 6);
 
 template <class Dot, int MR, int NV>
-static __attribute__((noinline)) void vector_tile(const Tile<typename Dot::Elem, typename Dot::Acc>& tile) {
+static __attribute__((noinline)) void vector_tile(
+    const Tile<typename Dot::Elem, typename Dot::Acc>& tile) {
   using Elem = typename Dot::Elem;
   using A = typename Dot::Acc;
   constexpr int V = kLanes<A>;
@@ -129,14 +140,16 @@ static __attribute__((noinline)) void vector_tile(const Tile<typename Dot::Elem,
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v)
-        store(tile.out + r * kTileWidth<A> + v * V, load(before + r * before_stride + v * V) + sum[r][v]);
+        store(tile.out + r * kTileWidth<A> + v * V,
+              load(before + r * before_stride + v * V) + sum[r][v]);
     before = tile.out;
     before_stride = kTileWidth<A>;
   } while (left > 0);
 }
 
 template <class Dot, int NV, int MR = kRowsFor<NV>>
-FUSED_LSTM_INLINE void vector_rows(int rows, const Tile<typename Dot::Elem, typename Dot::Acc>& tile) {
+FUSED_LSTM_INLINE void vector_rows(int rows,
+                                   const Tile<typename Dot::Elem, typename Dot::Acc>& tile) {
   if (rows == MR) return vector_tile<Dot, MR, NV>(tile);
   if constexpr (MR > 1) return vector_rows<Dot, NV, MR - 1>(rows, tile);
 }
@@ -148,13 +161,16 @@ struct Product {
   static constexpr int kStepK = Dot::kStepK, kPadK = Dot::kPadK;
 
   static int max_rows(int vectors) {
-    return vectors == 4 ? kRowsFor<4> : vectors == 3 ? kRowsFor<3> : vectors == 2 ? kRowsFor<2> : kRowsFor<1>;
+    return vectors == 4   ? kRowsFor<4>
+           : vectors == 3 ? kRowsFor<3>
+           : vectors == 2 ? kRowsFor<2>
+                          : kRowsFor<1>;
   }
   // Called once by each thread after its last product.
   static void end() {}
 
-  // Columns of a dense matrix as a tile's operand: max_rows(4) columns from `from` on (`there` of them exist),
-  // K of its rows `stride` apart. Six numbers of each row next to one another.
+  // Columns of a dense matrix as a tile's operand: max_rows(4) columns from `from` on (`there` of
+  // them exist), K of its rows `stride` apart. Six numbers of each row next to one another.
   static constexpr int kStripRows = kRowsFor<4>;
   static constexpr int64_t strip_stride(int64_t) { return kStepK; }
   static constexpr int64_t strip_step() { return kStripRows * kStepK; }
@@ -167,17 +183,22 @@ struct Product {
         for (int r = 0; r < kStripRows; ++r) convert(from[k * stride + r], row[r * kStepK]);
       } else {
         for (int r = 0; r < kStripRows; ++r)
-          k < K && r < there ? convert(from[k * stride + r], row[r * kStepK]) : (void)(row[r * kStepK] = Elem{});
+          k < K&& r < there ? convert(from[k * stride + r], row[r * kStepK])
+                            : (void)(row[r * kStepK] = Elem{});
       }
     }
   }
 
   static void run(int rows, int vectors, const Tile<Elem, A>& tile) {
     switch (vectors) {
-      case 4: return vector_rows<Dot, 4>(rows, tile);
-      case 3: return vector_rows<Dot, 3>(rows, tile);
-      case 2: return vector_rows<Dot, 2>(rows, tile);
-      default: return vector_rows<Dot, 1>(rows, tile);
+      case 4:
+        return vector_rows<Dot, 4>(rows, tile);
+      case 3:
+        return vector_rows<Dot, 3>(rows, tile);
+      case 2:
+        return vector_rows<Dot, 2>(rows, tile);
+      default:
+        return vector_rows<Dot, 1>(rows, tile);
     }
   }
 };
@@ -204,9 +225,10 @@ struct ProductOf<BFloat16> {
 };
 #endif
 
-// Packs a panel of `width` columns whose elements are dense along K: column n is weights + column(n) * stride,
-// or zeros where column(n) is negative. A cache line of every column at a time, so that the 16 rows of the panel
-// being written stay in the first-level cache: 0.4 ns an element against 2 ns column by column.
+// Packs a panel of `width` columns whose elements are dense along K: column n is weights +
+// column(n) * stride, or zeros where column(n) is negative. A cache line of every column at a time,
+// so that the 16 rows of the panel being written stay in the first-level cache: 0.4 ns an element
+// against 2 ns column by column.
 template <class P, class T, class Column>
 static void pack_dense_k(const T* weights, int64_t stride, int64_t K, int width, Column column,
                          typename P::Elem* panel) {
@@ -235,10 +257,11 @@ static void pack_dense_k(const T* weights, int64_t stride, int64_t K, int width,
   }
 }
 
-// Packs a panel of `width` columns, `columns` of them there and the rest zeros, from rows of K `stride` apart.
+// Packs a panel of `width` columns, `columns` of them there and the rest zeros, from rows of K
+// `stride` apart.
 template <class P, class T>
-static void pack_dense_columns(const T* weights, int64_t stride, int64_t K, int width, int64_t columns,
-                               typename P::Elem* panel) {
+static void pack_dense_columns(const T* weights, int64_t stride, int64_t K, int width,
+                               int64_t columns, typename P::Elem* panel) {
   constexpr int S = P::kStepK;
   const int64_t padded = round_up(K, P::kPadK);
   for (int64_t k = 0; k < padded; ++k) {

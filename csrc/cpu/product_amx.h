@@ -1,6 +1,7 @@
-// The bfloat16 product on AMX: 32 rows against NV * 16 columns as two passes of 2 x 2 sum tiles (16 x 16 float
-// each), so that a tile of the panel is loaded once for 32 rows. Same operands and panels as product.h; K is
-// padded to whole tiles (32). tests/amx_emulation defines the intrinsics in software where no AMX exists.
+// The bfloat16 product on AMX: 32 rows against NV * 16 columns as two passes of 2 x 2 sum tiles (16
+// x 16 float each), so that a tile of the panel is loaded once for 32 rows. Same operands and
+// panels as product.h; K is padded to whole tiles (32). tests/amx_emulation defines the intrinsics
+// in software where no AMX exists.
 #pragma once
 
 #if defined(FUSED_LSTM_EMULATE_AMX)
@@ -17,8 +18,8 @@ struct ProductAmx {
   using Elem = BFloat16;
   using A = float;
   static constexpr int kStepK = 2, kPadK = 32;
-  static constexpr int kTile = 16;            // rows of a tile, floats of its row
-  static constexpr int64_t kTileBytes = 64;   // bytes of a tile's row
+  static constexpr int kTile = 16;           // rows of a tile, floats of its row
+  static constexpr int64_t kTileBytes = 64;  // bytes of a tile's row
   static constexpr int64_t kOutBytes = kTileWidth<float> * int64_t(sizeof(float));
 
   struct alignas(64) Config {
@@ -37,7 +38,8 @@ struct ProductAmx {
   static void pack_strip(const BFloat16* from, int64_t stride, int64_t K, int there, Elem* to) {
     const int64_t padded = strip_stride(K);
     for (int64_t k = 0; k < padded; ++k)
-      for (int r = 0; r < kStripRows; ++r) to[r * padded + k] = k < K && r < there ? from[k * stride + r] : Elem{};
+      for (int r = 0; r < kStripRows; ++r)
+        to[r * padded + k] = k < K && r < there ? from[k * stride + r] : Elem{};
   }
 
   // Tiles 0..3: sums [row half][column half]; 4, 5: operand rows; 6, 7: panel columns.

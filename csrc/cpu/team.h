@@ -1,14 +1,14 @@
 // How a call is shared out: threads = directions x row groups x unit groups.
 //
-// Rows (sequences of the batch) and directions never meet, so groups of them run the whole sequence without
-// waiting. Threads of one unit group each own a range of hidden units, keep that share of the weights in their
-// own cache and meet at a barrier every step. Weights that fit one core's L2 are therefore split by rows,
-// larger ones by units.
+// Rows (sequences of the batch) and directions never meet, so groups of them run the whole sequence
+// without waiting. Threads of one unit group each own a range of hidden units, keep that share of
+// the weights in their own cache and meet at a barrier every step. Weights that fit one core's L2
+// are therefore split by rows, larger ones by units.
 #pragma once
 
-#include <cstdint>
-
 #include <sched.h>
+
+#include <cstdint>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -22,9 +22,12 @@
 
 namespace fused_lstm::cpu::FUSED_LSTM_ISA {
 
-constexpr int64_t kCacheBytes = 768 << 10;     // of an L2 of 1 MB or more; the rest holds states and buffers
-constexpr int64_t kParallelProducts = 400000;  // multiply-adds of a whole call below which one thread is faster
-constexpr int64_t kSharedProducts = 30000;     // multiply-adds of a step below which a barrier costs more
+constexpr int64_t kCacheBytes =
+    768 << 10;  // of an L2 of 1 MB or more; the rest holds states and buffers
+constexpr int64_t kParallelProducts =
+    400000;  // multiply-adds of a whole call below which one thread is faster
+constexpr int64_t kSharedProducts =
+    30000;  // multiply-adds of a step below which a barrier costs more
 
 struct Range {
   int64_t begin, end;
@@ -111,8 +114,8 @@ struct Arena {
   }
 };
 
-// body(thread) on every thread of the team. OpenMP may grant fewer threads than asked for, and the barriers
-// need them all: false then, and nothing has run.
+// body(thread) on every thread of the team. OpenMP may grant fewer threads than asked for, and the
+// barriers need them all: false then, and nothing has run.
 template <class Body>
 static bool run_team(int threads, const Body& body) {
   if (threads == 1) {

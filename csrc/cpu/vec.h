@@ -1,6 +1,7 @@
-// Vectors of the compiler's own kind (GCC and Clang), as wide as the instruction set has them: the same
-// source gives SSE, AVX2, AVX-512 and NEON code. Sums are held in Vec<float> or Vec<double>; load and store
-// convert from and to the compute dtype, bfloat16 and half being rounded to nearest even.
+// Vectors of the compiler's own kind (GCC and Clang), as wide as the instruction set has them: the
+// same source gives SSE, AVX2, AVX-512 and NEON code. Sums are held in Vec<float> or Vec<double>;
+// load and store convert from and to the compute dtype, bfloat16 and half being rounded to nearest
+// even.
 #pragma once
 
 #include <cstdint>
@@ -115,8 +116,9 @@ FUSED_LSTM_INLINE void store(Half* p, Vec<float> v) {
   memcpy(p, &h, sizeof h);
 }
 #else
-// Without conversion instructions, through the bits: exact widening, narrowing to nearest even. The narrowing
-// lets a float addition do the rounding: 2^e * 1.5 * 2^13 as the addend leaves just a half's ten mantissa bits.
+// Without conversion instructions, through the bits: exact widening, narrowing to nearest even. The
+// narrowing lets a float addition do the rounding: 2^e * 1.5 * 2^13 as the addend leaves just a
+// half's ten mantissa bits.
 FUSED_LSTM_INLINE float widen(uint16_t h) {
   uint32_t sign = uint32_t(h & 0x8000u) << 16, magnitude = uint32_t(h & 0x7FFFu) << 13, bits;
   if (magnitude >= 0x0F800000u) {
@@ -205,8 +207,10 @@ FUSED_LSTM_INLINE float to_acc(Half v) { return load_part(&v, 1)[0]; }
 template <int half, class V, int... lane>
 FUSED_LSTM_INLINE V add_halves(V a, V b, std::integer_sequence<int, lane...>) {
   constexpr int count = int(sizeof...(lane));
-  V low = __builtin_shufflevector(a, b, (lane / half % 2 * count + lane / (2 * half) * (2 * half) + lane % half)...);
-  V high = __builtin_shufflevector(a, b, (lane / half % 2 * count + lane / (2 * half) * (2 * half) + lane % half + half)...);
+  V low = __builtin_shufflevector(
+      a, b, (lane / half % 2 * count + lane / (2 * half) * (2 * half) + lane % half)...);
+  V high = __builtin_shufflevector(
+      a, b, (lane / half % 2 * count + lane / (2 * half) * (2 * half) + lane % half + half)...);
   return low + high;
 }
 

@@ -1,6 +1,7 @@
-// AMX's tile instructions in plain C++, so that the AMX kernel runs on a processor without them. What Intel's
-// Software Developer's Manual says of each (TILELOADD, TILESTORED, TDPBF16PS): rows and row bytes come from the
-// configuration, rows beyond them are zero, and using an unconfigured tile is an error, here an abort.
+// AMX's tile instructions in plain C++, so that the AMX kernel runs on a processor without them.
+// What Intel's Software Developer's Manual says of each (TILELOADD, TILESTORED, TDPBF16PS): rows
+// and row bytes come from the configuration, rows beyond them are zero, and using an unconfigured
+// tile is an error, here an abort.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +31,8 @@ static inline void load_config(const void* config) {
   std::memset(&state, 0, sizeof state);
   std::memcpy(state.row_bytes, bytes + 16, 32);
   std::memcpy(state.rows, bytes + 48, 16);
-  for (int t = 0; t < 8; ++t) require(state.rows[t] <= 16 && state.row_bytes[t] <= 64, "a tile is at most 16 x 64 bytes");
+  for (int t = 0; t < 8; ++t)
+    require(state.rows[t] <= 16 && state.row_bytes[t] <= 64, "a tile is at most 16 x 64 bytes");
   state.configured = true;
 }
 
@@ -38,7 +40,8 @@ static inline void load(int tile, const void* base, int64_t stride) {
   require(state.configured && state.rows[tile], "tile not configured");
   std::memset(state.data[tile], 0, sizeof state.data[tile]);
   for (int r = 0; r < state.rows[tile]; ++r)
-    std::memcpy(state.data[tile][r], static_cast<const char*>(base) + r * stride, state.row_bytes[tile]);
+    std::memcpy(state.data[tile][r], static_cast<const char*>(base) + r * stride,
+                state.row_bytes[tile]);
 }
 
 static inline void store(int tile, void* base, int64_t stride) {
@@ -57,8 +60,11 @@ static inline float widen(const uint8_t* bytes) {
 }
 
 static inline void dot_bf16(int sum, int a, int b) {
-  const int rows = state.rows[sum], columns = state.row_bytes[sum] / 4, pairs = state.row_bytes[a] / 4;
-  require(state.rows[a] == rows && state.row_bytes[b] == state.row_bytes[sum] && state.rows[b] == pairs, "tile shapes do not fit");
+  const int rows = state.rows[sum], columns = state.row_bytes[sum] / 4,
+            pairs = state.row_bytes[a] / 4;
+  require(
+      state.rows[a] == rows && state.row_bytes[b] == state.row_bytes[sum] && state.rows[b] == pairs,
+      "tile shapes do not fit");
   for (int m = 0; m < rows; ++m)
     for (int k = 0; k < pairs; ++k)
       for (int n = 0; n < columns; ++n) {

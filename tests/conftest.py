@@ -1,0 +1,37 @@
+"""The header of a test run (seed, hardware, which package is tested) and the seeding of tests."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SEED = int(os.environ.get("FUSED_LSTM_TEST_SEED", "0"))
+
+if not list((ROOT / "fused_lstm").glob("_C.*.so")):
+    # `python -m pytest` puts this folder first. Its package isn't built: the installed one is.
+    sys.path[:] = [folder for folder in sys.path if Path(folder or os.curdir).resolve() != ROOT]
+
+
+def pytest_report_header() -> list[str]:
+    lines = [
+        f"FUSED_LSTM_TEST_SEED={SEED}",
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads",
+    ]
+    try:
+        from fused_lstm import _C
+    except ImportError as error:
+        return [*lines, f"fused_lstm can't be imported: {error}"]
+    usable = [name for name, supported in _C.cpu_isas() if supported]
+    return [*lines, f"{Path(_C.__file__).parent}: {_C.cpu_isa()} of {', '.join(usable)}"]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """The seed of every test's random numbers; FUSED_LSTM_TEST_SEED sets another."""
+    torch.manual_seed(SEED)
+    return SEED
