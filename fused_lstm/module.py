@@ -1,0 +1,140 @@
+"""`FusedLSTM`, the module."""
+
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from .functional import States, lstm
+
+
+class FusedLSTM(nn.RNNBase):
+    """A multi-layer long short-term memory network: `torch.nn.LSTM`, computed by fused kernels.
+
+    Takes and returns what `torch.nn.LSTM` does, with the same parameters under the same names, the
+    same initialisation, and the same errors; state dicts go both ways. It derives from
+    `torch.nn.RNNBase` and not from `torch.nn.LSTM`, which TorchDynamo does not compile.
+
+    Args:
+        input_size: I, the features of one step of the input.
+        hidden_size: H, the cells.
+        num_layers: L, stacked layers.
+        bias: whether there are the biases b_ih and b_hh.
+        batch_first: whether input and output are (B, T, ...) and not (T, B, ...).
+        dropout: probability of zeroing an element of each layer's output but the last's, in
+            training.
+        bidirectional: D = 2 directions, the second from the last step to the first; else D = 1.
+        proj_size: P, the size of a projection of the hidden state, less than H; 0: none, P = H.
+        device, dtype: of the parameters.
+
+    Inputs:
+        input: (T, B, I), (B, T, I) with `batch_first`, (T, I), or a `PackedSequence`, in the dtype
+            of the parameters: float32, float64, bfloat16, float16.
+        hx: (h_0, c_0) of shapes (L*D, B, P) and (L*D, B, H), without B where the input has none;
+            zeros if not given.
+
+    Returns:
+        output, (h_n, c_n): output (T, B, D*P), (B, T, D*P), (T, D*P) or a `PackedSequence`; the
+        states shaped as those of `hx`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `torch.nn.LSTM` raises them, in its words.
+    """
+
+    @overload
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None: ...
+
+    @overload
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+    # nn.LSTM's own argument checks, for whoever overrides or calls them, and for its errors below.
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args
+    permute_hidden = nn.LSTM.permute_hidden
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: these kernels take the parameters as they are."""
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor | PackedSequence, hx: States | None = None
+    ) -> tuple[Tensor | PackedSequence, States]:
+        # By name on every call: a parametrization, weight_norm, pruning, functional_call or an
+        # assignment may have put another tensor there. The dict first: it is ten times as fast.
+        parameters = self._parameters
+        weights: list[Any] = []
+        for name in self._flat_weights_names:
+            weight = parameters.get(name)
+            if weight is None:
+                weight = getattr(self, name)
+                if weight is None:
+                    return nn.LSTM.forward(self, input, hx)  # type: ignore[arg-type]
+            weights.append(weight)
+
+        packed = isinstance(input, PackedSequence)
+        if packed:
+            data, batch_sizes, sorted_indices, unsorted_indices = input
+            states = hx if hx is None else self.permute_hidden(hx, sorted_indices)
+        else:
+            data, batch_sizes, states = input, None, hx
+        result = lstm(
+            data,
+            batch_sizes,
+            states,
+            weights,
+            input_size=self.input_size,
+            hidden_size=self.hidden_size,
+            num_layers=self.num_layers,
+            bias=self.bias,
+            batch_first=self.batch_first,
+            dropout=self.dropout,
+            bidirectional=self.bidirectional,
+            proj_size=self.proj_size,
+            training=self.training,
+        )
+        if result is None:
+            # Not what nn.LSTM documents: it raises its own error, or does what it does.
+            return nn.LSTM.forward(self, input, hx)  # type: ignore[arg-type]
+        output, h_n, c_n = result
+        if packed:
+            output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+            return output, self.permute_hidden((h_n, c_n), unsorted_indices)
+        return output, (h_n, c_n)
+
+    def __prepare_scriptable__(self) -> nn.LSTM:
+        # TorchScript compiles nn.LSTM; it can't compile what this class does.
+        return self.to_torch()
+
+    @classmethod
+    def from_torch(cls, module: nn.LSTM) -> "FusedLSTM":
+        """A FusedLSTM with the same parameters (the same objects), hooks and flags as `module`."""
+        return _rebuilt(module, cls)
+
+    def to_torch(self) -> nn.LSTM:
+        """A `torch.nn.LSTM` with the same parameters (the same objects), hooks and flags."""
+        return _rebuilt(self, nn.LSTM)
+
+
+def _rebuilt(module: nn.Module, cls: type) -> Any:
+    """`module` as another class: its own containers, the same parameters and hooks in them."""
+    result = cls.__new__(cls)
+    result.__dict__.update(
+        (name, value.copy() if isinstance(value, (dict, list)) else value)
+        for name, value in module.__dict__.items()
+    )
+    return result

@@ -1,0 +1,244 @@
+"""What torch must know of the three compiled operators: shapes, gradients, vmap, FLOP counts.
+
+The operators themselves, one LSTM layer with all its directions each, are registered by the
+compiled part; csrc/ops.cpp holds their schemas. Shapes here: T steps, B sequences, I inputs, H
+cells, P outputs of one direction (H without projection), D directions, N rows (T*B, or packed).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import _C  # noqa: F401  registers the operators
+from .reference import lstm_layer
+
+lstm_inference = torch.ops.fused_lstm.lstm_inference.default
+lstm_forward = torch.ops.fused_lstm.lstm_forward.default
+lstm_backward = torch.ops.fused_lstm.lstm_backward.default
+
+
+# --- shapes, for torch.compile, FakeTensor and the meta device ------------------------------------
+
+
+@torch.library.register_fake("fused_lstm::lstm_inference")
+def _inference_shapes(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor,
+    weights: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    output = input.new_empty((*input.shape[:-1], h_0.shape[0] * h_0.shape[2]))
+    return output, input.new_empty(h_0.shape), input.new_empty(c_0.shape)
+
+
+@torch.library.register_fake("fused_lstm::lstm_forward")
+def _forward_shapes(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor,
+    weights: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = input.shape[0] * input.shape[1] if batch_sizes is None else input.shape[0]
+    output = input.new_empty((*input.shape[:-1], h_0.shape[0] * h_0.shape[2]))
+    gates = input.new_empty((c_0.shape[0], rows, 4 * c_0.shape[2]))
+    cells = input.new_empty((c_0.shape[0], rows, c_0.shape[2]))
+    return output, input.new_empty(h_0.shape), input.new_empty(c_0.shape), gates, cells
+
+
+@torch.library.register_fake("fused_lstm::lstm_backward")
+def _backward_shapes(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor,
+    weights: Sequence[Tensor],
+    output: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    grads = [
+        input.new_empty(tensor.shape if need else (0,))
+        for tensor, need in zip((input, h_0, c_0, *weights), needs, strict=True)
+    ]
+    return grads[0], grads[1], grads[2], grads[3:]
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+
+def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, batch_sizes, h_0, c_0, weights = inputs
+    output, _, _, gates, cells = output
+    ctx.mark_non_differentiable(gates, cells)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(input, batch_sizes, h_0, c_0, output, gates, cells, *weights)
+
+
+def _backward(
+    ctx: Any,
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    grad_gates: None,
+    grad_cells: None,
+) -> tuple[Any, ...]:
+    input, batch_sizes, h_0, c_0, output, gates, cells, *weights = ctx.saved_tensors
+    needs_input, _, needs_h_0, needs_c_0, needs_weights = ctx.needs_input_grad
+    needs = [needs_input, needs_h_0, needs_c_0, *needs_weights]
+    grads_of_results = (grad_output, grad_h_n, grad_c_n)
+    if transform_under_way() or any(map(_is_batched, grads_of_results)):
+        # vmap, for the Jacobian of what was recorded outside: the operator has no batching rule.
+        with torch.autocast(input.device.type, enabled=False):
+            grads = _reference_gradients(
+                grads_of_results, (input, h_0, c_0, *weights), batch_sizes, needs
+            )
+    else:
+        *states, of_weights = lstm_backward(
+            *grads_of_results,
+            input,
+            batch_sizes,
+            h_0,
+            c_0,
+            weights,
+            output,
+            gates,
+            cells,
+            needs,
+        )
+        grads = [
+            grad if need else None for grad, need in zip((*states, *of_weights), needs, strict=True)
+        ]
+    return grads[0], None, grads[1], grads[2], grads[3:]
+
+
+def _reference_gradients(
+    grads_of_results: Sequence[Tensor | None],
+    tensors: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """What `lstm_backward` computes, by differentiating the reference path. Unlike
+    torch.autograd.grad, torch.func.vjp takes the direct dependence on each tensor only (the states
+    may depend on the input, too), and composes with transforms and further orders."""
+    given = [index for index, grad in enumerate(grads_of_results) if grad is not None]
+
+    def results(*wanted: Tensor) -> tuple[Tensor, ...]:
+        input, h_0, c_0, *weights = _merged(tensors, needs, wanted)
+        found = lstm_layer(input, batch_sizes, h_0, c_0, weights)
+        return tuple(found[index] for index in given)
+
+    _, pull = torch.func.vjp(results, *(t for t, need in zip(tensors, needs, strict=True) if need))
+    grads = pull(tuple(grads_of_results[index] for index in given))
+    return _merged([None] * len(tensors), needs, grads)
+
+
+def _merged(tensors: Sequence[Any], mask: Sequence[bool], others: Sequence[Tensor]) -> list[Any]:
+    """`tensors` with the next of `others` wherever the mask says so."""
+    rest = iter(others)
+    return [next(rest) if taken else tensor for tensor, taken in zip(tensors, mask, strict=True)]
+
+
+def _is_batched(tensor: Tensor | None) -> bool:
+    """By `torch.autograd.grad(..., is_grads_batched=True)`, whose vmap is not torch.func's."""
+    return tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+@torch.compiler.assume_constant_result  # TorchDynamo guards on the transforms by itself
+def transform_under_way() -> bool:
+    """Whether the call is inside a transform of torch.func."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    *grads, input, batch_sizes, h_0, c_0, weights, _, _, _, needs = inputs
+    ctx.needs = needs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(batch_sizes, *grads, input, h_0, c_0, *weights)
+
+
+def _double_backward(ctx: Any, *grad_grads: Any) -> tuple[Any, ...]:
+    """Differentiates the backward by differentiating the reference path twice.
+
+    `output`, `gates` and `cells` are functions of the other arguments, and are recomputed: what
+    depends on them is in the gradients of those arguments, and they get none of their own.
+    """
+    batch_sizes, *tensors = ctx.saved_tensors
+    wanted = [*ctx.needs_input_grad[:4], *ctx.needs_input_grad[5:7], *ctx.needs_input_grad[7]]
+    cotangents = (*grad_grads[:3], *grad_grads[3])
+    used = [need and c is not None for need, c in zip(ctx.needs, cotangents, strict=True)]
+
+    def gradients(*variables: Tensor) -> tuple[Tensor, ...]:
+        merged = _merged(tensors, wanted, variables)
+        found = _reference_gradients(merged[:3], merged[3:], batch_sizes, used)
+        return tuple(grad for grad in found if grad is not None)
+
+    grads: list[Tensor | None] = [None] * len(wanted)
+    if any(used) and any(grad is not None for grad in tensors[:3]):
+        with torch.autocast(tensors[3].device.type, enabled=False):
+            variables = (t for t, want in zip(tensors, wanted, strict=True) if want)
+            _, pull = torch.func.vjp(gradients, *variables)
+            found = pull(tuple(c for c, use in zip(cotangents, used, strict=True) if use))
+        grads = _merged(grads, wanted, found)
+    return (*grads[:4], None, grads[4], grads[5], grads[6:], None, None, None, None)
+
+
+torch.library.register_autograd("fused_lstm::lstm_forward", _backward, setup_context=_save_forward)
+torch.library.register_autograd(
+    "fused_lstm::lstm_backward", _double_backward, setup_context=_save_backward
+)
+
+
+# --- FLOPs, two for each multiplication and addition of the matrix products -----------------------
+
+
+@register_flop_formula([torch.ops.fused_lstm.lstm_inference, torch.ops.fused_lstm.lstm_forward])
+def _forward_flops(
+    input: Sequence[int],
+    batch_sizes: Any,
+    h_0: Sequence[int],
+    c_0: Sequence[int],
+    weights: Sequence[Sequence[int]],
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    return 2 * _rows(input) * _matrix_elements(weights)
+
+
+@register_flop_formula(torch.ops.fused_lstm.lstm_backward)
+def _backward_flops(
+    grad_output: Any,
+    grad_h_n: Any,
+    grad_c_n: Any,
+    input: Sequence[int],
+    batch_sizes: Any,
+    h_0: Sequence[int],
+    c_0: Sequence[int],
+    weights: Sequence[Sequence[int]],
+    output: Any,
+    gates: Any,
+    cells: Any,
+    needs: Sequence[bool],
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    each = len(weights) // h_0[0]
+    through = [w for k, w in enumerate(weights) if k % each != 0 or needs[0]]  # w_ih only for dx
+    to_weights = [w for w, need in zip(weights, needs[3:], strict=True) if need]
+    return 2 * _rows(input) * (_matrix_elements(through) + _matrix_elements(to_weights))
+
+
+def _rows(input: Sequence[int]) -> int:
+    return input[0] * input[1] if len(input) == 3 else input[0]
+
+
+def _matrix_elements(weights: Sequence[Sequence[int]]) -> int:
+    return sum(shape[0] * shape[1] for shape in weights if len(shape) == 2)
