@@ -1,0 +1,233 @@
+"""The benchmarks run, refuse to time wrong results, and report in the one format."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+PYTHON = Path(__file__).resolve().parent.parent / "python"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The package, which is run from its folder and not installed, with all its modules."""
+    monkeypatch.syspath_prepend(str(PYTHON))
+    import benchmarks
+    import benchmarks.lstm
+
+    # At sizes this small a second thread only waits, and on a busy machine it waits long.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield benchmarks
+    torch.set_num_threads(threads)
+
+
+def test_command_prints_a_table_and_writes_the_same(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    arguments = "--suite seeds --device cpu --case one-step-96 --repeats 2 --min-time 0 --threads 1"
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.lstm", *arguments.split(), "--out", str(out)],
+        check=False, cwd=PYTHON, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+
+    assert {key: report[key] for key in ("format", "benchmark", "suite", "device", "threads")} == {
+        "format": 1, "benchmark": "lstm", "suite": "seeds", "device": "cpu", "threads": 1,
+    }  # fmt: skip
+    assert report["machine"]["processor"] and report["machine"]["cores"] >= 1
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["versions"]["backends"]
+    assert [row["dtype"] for row in report["rows"]] == ["fp32", "bf16"]
+    for row in report["rows"]:
+        assert [row[key] for key in ("case", "B", "T", "I", "H")] == ["one-step-96", 1, 1, 48, 96]
+        assert row["pass"] == "forward"
+        assert row["torch_ms"] > 0 and row["fused_ms"] > 0 and row["calls"] >= 1
+        assert row["pairs"] >= 2 and row["pairs"] % 2 == 0
+        first, third = row["ratio_quartiles"]
+        assert 0 < first <= row["ratio"] <= third
+
+    table = [line for line in done.stdout.splitlines() if line.startswith("one-step-96 B1 T1 I48")]
+    assert len(table) == 2
+    assert f"{report['rows'][0]['torch_ms']:.4g}" in table[0]
+    for fact in (report["machine"]["processor"], torch.__version__, "threads: 1"):
+        assert fact in done.stdout
+
+    # What is kept in git names the machine by its processor and holds no path of it.
+    for path in (PYTHON.parent, Path(sys.prefix), Path.home(), tmp_path):
+        assert str(path) not in out.read_text()
+
+
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16", "fp16"])
+def test_forward_and_backward_with_every_option(benchmarks: ModuleType, dtype: str) -> None:
+    case = benchmarks.suites.Case(
+        "all options", 3, 9, 5, 17, num_layers=2, bidirectional=True, proj_size=7
+    )
+    for pass_ in case.passes:
+        row = benchmarks.lstm.measure(case, pass_, dtype, CPU, repeats=2, min_time=0)
+        assert (row["num_layers"], row["bidirectional"], row["proj_size"]) == (2, True, 7)
+        assert (row["dtype"], row["pass"]) == (dtype, pass_)
+        assert "num_layers=2 bidirectional=True proj_size=7" in benchmarks.report.line(row)
+
+
+class SwappedGates(nn.LSTM):
+    """Takes the forget gate for the input gate."""
+
+    def forward(self, *args):  # type: ignore[no-untyped-def]
+        weights = {}
+        for name, weight in self.named_parameters():
+            i, f, g, o = weight.chunk(4)
+            weights[name] = torch.cat([f, i, g, o])
+        lstm = nn.LSTM(self.input_size, self.hidden_size, dtype=self.weight_hh_l0.dtype)
+        return torch.func.functional_call(lstm, weights, args)
+
+
+class WrongGradient(nn.LSTM):
+    """Right outputs; the gradients of bias_hh are a tenth too large."""
+
+    def forward(self, *args):  # type: ignore[no-untyped-def]
+        weights = dict(self.named_parameters())
+        bias = weights["bias_hh_l0"]
+        weights["bias_hh_l0"] = bias * 1.1 - bias.detach() * 0.1
+        lstm = nn.LSTM(self.input_size, self.hidden_size, dtype=bias.dtype)
+        return torch.func.functional_call(lstm, weights, args)
+
+
+class NotANumber(nn.LSTM):
+    def forward(self, *args):  # type: ignore[no-untyped-def]
+        output, states = super().forward(*args)
+        return output * torch.nan, states
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (SwappedGates, "output"),
+        (WrongGradient, "the gradient of bias_hh_l0"),
+        (NotANumber, "output"),
+    ],
+)
+def test_a_wrong_result_is_not_timed(
+    benchmarks: ModuleType, wrong: type[nn.LSTM], named: str
+) -> None:
+    case = benchmarks.suites.Case("small", B=3, T=9, input_size=5, hidden_size=17)
+    with pytest.raises(click.ClickException, match=f"small, bf16: {named} is wrong"):
+        benchmarks.lstm.measure(
+            case, "forward+backward", "bf16", CPU, repeats=2, min_time=0, fused=wrong
+        )
+
+
+def test_pairs_alternate_and_ratios_are_of_neighbours(
+    benchmarks: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a clock of our own: the machine slows down at each timing, the ratio must not."""
+    monkeypatch.setattr(benchmarks.timing, "WARM_UP_S", 0)
+    order = []
+    slowness = 1.0
+
+    def baseline() -> None:
+        order.append("A")
+
+    def candidate() -> None:
+        order.append("B")
+
+    def clock(call, calls: int) -> float:  # type: ignore[no-untyped-def]
+        nonlocal slowness
+        call()
+        slowness *= 1.01
+        return calls * slowness * (3e-4 if call is baseline else 1e-4)
+
+    timed = benchmarks.timing.compare(baseline, candidate, clock, repeats=7, min_time=0)
+    assert "".join(order) == "AB" * 2 + "ABBA" * 4
+    assert timed.pairs == 8
+    assert timed.calls == 10  # the quicker takes 0.1 ms a call, a timing at least 1 ms
+    assert timed.ratio == pytest.approx(3, rel=1e-3)
+    first, third = timed.ratio_quartiles
+    assert 2.9 < first < timed.ratio < third < 3.1
+    assert timed.baseline_ms == pytest.approx(3 * timed.candidate_ms, rel=0.02)
+
+
+def test_suites_are_well_formed(benchmarks: ModuleType) -> None:
+    for suite in benchmarks.suites.SUITES.values():
+        names = [case.name for case in suite.cases]
+        assert names and len(set(names)) == len(names)
+        assert suite.dtypes and set(suite.dtypes) <= set(benchmarks.lstm.DTYPES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--case", "sonets"], "sonets: suite seeds has frankenstein, sonnets"),
+        (["--dtype", "tf32"], "CUDA only"),
+        (["--keep", "--case", "sonnets"], "whole suite"),
+        (["--suite", "nowhere"], "'seeds'"),
+        (["--repeats", "1"], "repeats"),
+    ],
+)
+def test_bad_arguments_are_explained(
+    benchmarks: ModuleType, arguments: list[str], message: str
+) -> None:
+    result = CliRunner().invoke(benchmarks.lstm.main, arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+def test_commit_is_dirty_for_anything_but_results(benchmarks: ModuleType, tmp_path: Path) -> None:
+    commit = benchmarks.machine.commit
+    results = tmp_path / "python" / "benchmarks" / "results"
+    results.mkdir(parents=True)
+
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        command = ["git", *who, "-C", str(tmp_path), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "--quiet")
+    assert commit(results) == {}  # nothing committed yet
+    git("commit", "--quiet", "--no-verify", "--allow-empty", "--message", "first")
+    clean = {"commit": git("rev-parse", "HEAD")[:12], "dirty": False}
+    assert commit(results) == clean
+    (results / "machine-seeds-cpu.json").write_text("{}")
+    assert commit(results) == clean
+    (tmp_path / "kernel.cpp").write_text("")
+    assert commit(results) == {**clean, "dirty": True}
+
+
+def test_results_are_named_after_the_machine(benchmarks: ModuleType) -> None:
+    slug = benchmarks.machine.machine_slug
+    processor = {"processor": "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", "cores": 2}
+    assert slug(processor) == "intel-xeon-platinum-8481c-cpu-2-70ghz-2-cores"
+    assert slug({**processor, "gpu": "NVIDIA H200"}) == "nvidia-h200"
+
+
+def test_machine_without_proc_or_sys(
+    benchmarks: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmarks.machine, "_cpuinfo", list)
+    facts = benchmarks.machine.machine(CPU)
+    assert facts["processor"] and facts["cores"] >= 1
+
+
+def test_kept_results_are_whole_and_small(benchmarks: ModuleType) -> None:
+    for path in benchmarks.lstm.RESULTS.glob("*.json"):
+        report = json.loads(path.read_text())
+        suite = benchmarks.suites.SUITES[report["suite"]]
+        assert path.name.endswith(f"-{report['suite']}-{report['device']}.json")
+        assert path.stat().st_size < 100_000
+        if report["benchmark"] == "lstm":
+            rows = {(row["case"], row["dtype"], row["pass"]) for row in report["rows"]}
+            assert rows == {(c.name, d, p) for c in suite.cases for d in suite.dtypes
+                            for p in c.passes}  # fmt: skip
