@@ -194,6 +194,7 @@ struct BackwardPass {
     const int64_t stride = copy_dgates ? g_stride : 4 * seq.H;
     for (int64_t r = rows.begin; r < end; r += most) {
       const int m = int(end - r < most ? end - r : most);
+      if (!seq.projected) prefetch(a, step, r, m, column, vectors * V);
       const int64_t running = step.before - r;
       if (running > 0)
         P::run(int(running < m ? running : m), vectors,
@@ -214,6 +215,32 @@ struct BackwardPass {
           }
         }
       }
+    }
+  }
+
+  // What the cells of this tile will read and write, on its way while the product runs: the lines
+  // are short and far apart. At B 32 T 64 H 256 this took the backward from 6.6 to 6.2 ms (float)
+  // and 3.8 to 3.2 ms (bfloat16).
+  void prefetch(const Backward& a, const Step& step, int64_t b, int rows, int64_t u,
+                int64_t count) const {
+    auto lines = [&](const void* tensor, int64_t element, auto write) {
+      const char* from = static_cast<const char*>(tensor) + element * int64_t(sizeof(T));
+      for (int64_t at = 0; at < count * int64_t(sizeof(T)); at += 64)
+        __builtin_prefetch(from + at, decltype(write)::value);
+    };
+    using Read = std::integral_constant<int, 0>;
+    using Write = std::integral_constant<int, 1>;
+    for (int64_t r = b; r < b + rows && r < step.active; ++r) {
+      const int64_t row = seq.first_row(step.t) + r;
+      for (int gate = 0; gate < 4; ++gate) {
+        lines(a.gates, (row * 4 + gate) * seq.H + u, Read());
+        lines(a.dgates, (row * 4 + gate) * seq.H + u, Write());
+      }
+      if (step.previous_cells >= 0 && r < seq.rows(step.previous_cells))
+        lines(a.cells, (seq.first_row(step.previous_cells) + r) * seq.H + u, Read());
+      if (a.grad_output)
+        lines(a.grad_output,
+              seq.offset(step.t, r, a.grad_output_stride_t, a.grad_output_stride_b) + u, Read());
     }
   }
 

@@ -1,6 +1,7 @@
 // The gradients of the input and of the weights, from dgates, after the backward through time:
 //
-//   [dW_ih | dW_hh | db] = dgates^T [x | h_{t-1} | 1]      (4H, I + P + 1), K runs over all N rows
+//   [dW_ih | dW_hh] = dgates^T [x | h_{t-1}]               (4H, I + P), K runs over all N rows
+//   db = the sum of dgates' rows                           (4H)
 //   dW_hr = grad_projected^T (o tanh(c))                   (P, H)
 //   dx    = dgates W_ih, summed over directions            (N, I)
 //
@@ -24,7 +25,10 @@ struct GradientsPass {
   static constexpr int kWidth = kTileWidth<A>;
   static constexpr int R = P::kStripRows;
   static constexpr bool kSameType = sizeof(Elem) == sizeof(T);
-  static constexpr int64_t kChunk = 256;  // rows of K at a time: a panel is 64 KB
+  static constexpr int64_t kChunk = 192;  // rows of K at a time: a panel is 48 KB
+  // a line more than R * kChunk: strips packed side by side must not meet in the same sets of the
+  // cache
+  static constexpr int64_t kStripSize = R * kChunk + 64 / int64_t(sizeof(Elem));
   static constexpr int64_t kInputRows =
       96;  // rows of dx at a time: a multiple of every tile's rows
 
@@ -109,8 +113,9 @@ struct GradientsPass {
   }
 
   struct Buffers {
-    Elem *panels, *row, *strips;
+    Elem *panels, *rows, *strips, *step;
     A* sums;  // [strip][block][R][kWidth]
+    A* bias;  // (strips * R)
   };
 
   Buffers lay_out_job(const Job& job, Arena& arena) const {
@@ -118,40 +123,45 @@ struct GradientsPass {
                   share_of_strips = (strips + threads - 1) / threads;
     Buffers buffers;
     buffers.panels = arena.take<Elem>(kChunk * job.blocks.padded());
-    buffers.row = arena.take<Elem>(job.blocks.padded());
-    buffers.strips = arena.take<Elem>(share_of_strips * R * kChunk);
+    buffers.rows = arena.take<Elem>(P::kStepK * job.blocks.padded());
+    buffers.strips = arena.take<Elem>(share_of_strips * kStripSize);
+    buffers.step = arena.take<Elem>(share_of_strips * R * P::kStepK);
     buffers.sums = arena.take<A>(share_of_strips * job.blocks.count() * R * kWidth);
+    buffers.bias = arena.take<A>(share_of_strips * R + V);
     return buffers;
   }
 
   void weight_gradient(int d, bool projection, int thread, char* own) const {
     const Job job = job_of(d, projection);
-    if (job.blocks.columns == 0) return;
+    const bool bias = !projection && args[d].grad_bias;
+    if (job.blocks.columns == 0 && !bias) return;
     Arena arena{own};
     const Buffers buffers = lay_out_job(job, arena);
     const Range mine = share((job.rows + R - 1) / R, thread, threads);
+    const Range columns = {mine.begin * R, mine.end * R < job.rows ? mine.end * R : job.rows};
     static const A zeros[kWidth] = {};
+    memset(buffers.bias, 0, size_t((mine.end - mine.begin) * R + V) * sizeof(A));
     int64_t t = 0, b = 0;  // the row k of the sequence
     for (int64_t k = 0; k < N; k += kChunk) {
       const int64_t count = N - k < kChunk ? N - k : kChunk, padded = round_up(count, P::kPadK);
       for (int64_t i = 0; i < padded; ++i) {
-        fill_right(d, projection, job, i < count, t, b, k + i, buffers.row);
-        scatter(job.blocks, buffers.row, i, padded, buffers.panels);
+        Elem* row = buffers.rows + i % P::kStepK * job.blocks.padded();
+        fill_right(d, projection, job, i < count, t, b, k + i, row);
+        if (i % P::kStepK == P::kStepK - 1)
+          scatter(job.blocks, buffers.rows, i / P::kStepK, padded, buffers.panels);
         if (i < count && ++b == seq.rows(t)) {
           b = 0;
           ++t;
         }
       }
-      for (int64_t s = mine.begin; s < mine.end; ++s) {
-        const int there = int(job.rows - s * R < R ? job.rows - s * R : R);
-        P::pack_strip(job.left + k * job.rows + s * R, job.rows, count, there,
-                      buffers.strips + (s - mine.begin) * R * kChunk);
-      }
+      pack_strips<P>(job.left + k * job.rows + columns.begin, job.rows, count,
+                     columns.end - columns.begin, buffers.strips, kStripSize, buffers.step);
+      if (bias) add_rows(job, k, count, columns, buffers.bias);
       for (int64_t block = 0; block < job.blocks.count(); ++block)
         for (int64_t s = 0; s < mine.end - mine.begin; ++s) {
           A* sums = buffers.sums + (s * job.blocks.count() + block) * R * kWidth;
           P::run(R, job.blocks.vectors_of(block),
-                 {buffers.strips + s * R * kChunk, P::strip_stride(count), P::strip_step(),
+                 {buffers.strips + s * kStripSize, P::strip_stride(count), P::strip_step(),
                   buffers.panels + job.blocks.first(block) * padded, padded / P::kStepK,
                   k ? sums : zeros, k ? kWidth : 0, sums});
         }
@@ -160,9 +170,29 @@ struct GradientsPass {
       for (int64_t r = 0; r < R && s * R + r < job.rows; ++r)
         emit(args[d], projection, job, s * R + r,
              buffers.sums + (s - mine.begin) * job.blocks.count() * R * kWidth + r * kWidth);
+    for (int64_t m = columns.begin; bias && m < columns.end; m += V)
+      store_lanes<false>(static_cast<T*>(args[d].grad_bias) + m,
+                         load(buffers.bias + m - columns.begin), lanes_at(m, columns.end));
   }
 
-  // Row k of [x | h_{t-1} | 1], or of o tanh(c); zeros behind the last row and the last column.
+  static int lanes_at(int64_t first, int64_t end) { return end - first < V ? int(end - first) : V; }
+
+  // sums += the sum of `count` of left's rows from k on, within `columns`.
+  void add_rows(const Job& job, int64_t k, int64_t count, const Range& columns, A* sums) const {
+    for (int64_t m = columns.begin; m < columns.end; m += V) {
+      const int lanes = lanes_at(m, columns.end);
+      const T* from = job.left + k * job.rows + m;
+      Vec<A> sum{};
+      if (lanes == V) {
+        for (int64_t i = 0; i < count; ++i) sum += load(from + i * job.rows);
+      } else {
+        for (int64_t i = 0; i < count; ++i) sum += load_part(from + i * job.rows, lanes);
+      }
+      store(sums + m - columns.begin, load(sums + m - columns.begin) + sum);
+    }
+  }
+
+  // Row k of [x | h_{t-1}], or of o tanh(c); zeros behind the last row and the last column.
   void fill_right(int d, bool projection, const Job& job, bool there, int64_t t, int64_t b,
                   int64_t k, Elem* row) const {
     const Gradients& a = args[d];
@@ -181,10 +211,6 @@ struct GradientsPass {
                   : static_cast<const T*>(a.output) + (seq.first_row(before) + b) * a.output_stride,
             seq.P, row);
       }
-      if (a.grad_bias) {
-        const T one = unit();
-        row = append(&one, 1, row);
-      }
     }
     memset(row, 0, size_t(end - row) * sizeof(Elem));
   }
@@ -194,21 +220,14 @@ struct GradientsPass {
     return to + count;
   }
 
-  static T unit() {
-    T one[V];
-    store(one, splat(A(1)));
-    return one[0];
-  }
-
-  // One row of K into every panel of the chunk.
-  static void scatter(const ColumnBlocks& blocks, const Elem* row, int64_t k, int64_t padded,
+  // One step of K, rows one after another, into every panel of the chunk.
+  static void scatter(const ColumnBlocks& blocks, const Elem* rows, int64_t step, int64_t padded,
                       Elem* panels) {
     constexpr int S = P::kStepK;
     for (int64_t block = 0; block < blocks.count(); ++block) {
-      const int width = blocks.vectors_of(block) * V;
-      const Elem* from = row + blocks.first(block);
-      Elem* to = panels + blocks.first(block) * padded + (k / S * width) * S + k % S;
-      for (int n = 0; n < width; ++n) to[n * S] = from[n];
+      const int64_t first = blocks.first(block), width = blocks.vectors_of(block) * V;
+      interleave<P>(rows + first, blocks.padded(), S, width,
+                    panels + first * padded + step * width * S, width);
     }
   }
 
@@ -233,7 +252,6 @@ struct GradientsPass {
     if (projection) return take(a.grad_weight_hr, seq.H);
     take(a.grad_weight_ih, seq.I);
     take(a.grad_weight_hh, seq.P);
-    take(a.grad_bias, 1);
   }
 
   void input_gradient(int thread, char* own) const {
@@ -266,7 +284,7 @@ struct GradientsPass {
           for (int i = 0; i < m; ++i)
             for (int v = 0; v < vectors; ++v) {
               const int64_t n = column + v * V;
-              const int lanes = int(seq.I - n < V ? seq.I - n : V);
+              const int lanes = lanes_at(n, seq.I);
               store_lanes<false>(dx + (r + i) * seq.I + n, load(sums + i * kWidth + v * V), lanes);
             }
         }

@@ -31,16 +31,11 @@ struct ProductAmx {
   static int max_rows(int) { return 2 * kTile; }
   static void end() { _tile_release(); }
 
-  // As Product's; here each column becomes a row of K.
+  // As Product's, but each column becomes a row of K.
   static constexpr int kStripRows = 2 * kTile;
+  static constexpr bool kStripIsTransposed = true;
   static constexpr int64_t strip_stride(int64_t K) { return round_up(K, kPadK); }
   static constexpr int64_t strip_step() { return kStepK; }
-  static void pack_strip(const BFloat16* from, int64_t stride, int64_t K, int there, Elem* to) {
-    const int64_t padded = strip_stride(K);
-    for (int64_t k = 0; k < padded; ++k)
-      for (int r = 0; r < kStripRows; ++r)
-        to[r * padded + k] = k < K && r < there ? from[k * stride + r] : Elem{};
-  }
 
   // Tiles 0..3: sums [row half][column half]; 4, 5: operand rows; 6, 7: panel columns.
   static void configure(int rows) {

@@ -18,7 +18,7 @@
 #endif
 
 #include "../lstm.h"
-#include "product.h"
+#include "packing.h"
 
 namespace fused_lstm::cpu::FUSED_LSTM_ISA {
 
@@ -150,7 +150,8 @@ struct ColumnBlocks {
     int64_t best = INT64_MAX;
     for (int v = kMaxVectors; v >= 1; --v) {
       const int64_t blocks = (all + v - 1) / v;
-      const int64_t cost = (blocks + parts - 1) / parts * v;
+      const int64_t widest = (blocks + parts - 1) / parts * v;
+      const int64_t cost = widest < all ? widest : all;
       if (cost < best) {
         best = cost;
         vectors = v;

@@ -201,7 +201,13 @@ FUSED_LSTM_INLINE float to_acc(BFloat16 v) {
   memcpy(&value, &bits, 4);
   return value;
 }
-FUSED_LSTM_INLINE float to_acc(Half v) { return load_part(&v, 1)[0]; }
+#if defined(__F16C__)
+FUSED_LSTM_INLINE float to_acc(Half v) {
+  return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(v.bits)));
+}
+#else
+FUSED_LSTM_INLINE float to_acc(Half v) { return widen(v.bits); }
+#endif
 
 // From groups of 2 * half lanes of a and b: a's halves added, then b's.
 template <int half, class V, int... lane>

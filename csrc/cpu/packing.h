@@ -1,0 +1,118 @@
+// Operands and panels in the order in which product.h reads them.
+#pragma once
+
+#include "product.h"
+
+namespace fused_lstm::cpu::FUSED_LSTM_ISA {
+
+FUSED_LSTM_INLINE void convert(const float& from, float& to) { to = from; }
+FUSED_LSTM_INLINE void convert(const double& from, double& to) { to = from; }
+FUSED_LSTM_INLINE void convert(const BFloat16& from, BFloat16& to) { to = from; }
+FUSED_LSTM_INLINE void convert(const BFloat16& from, float& to) { to = to_acc(from); }
+FUSED_LSTM_INLINE void convert(const Half& from, float& to) { to = to_acc(from); }
+
+// Copies one row into the product's type, zero-filled up to padded elements.
+template <class T, class Elem>
+FUSED_LSTM_INLINE void copy_row(const T* from, int64_t count, Elem* to, int64_t padded) {
+  if constexpr (sizeof(T) == sizeof(Elem)) {
+    memcpy(to, from, size_t(count) * sizeof(T));
+  } else {
+    constexpr int V = kLanes<Elem>;
+    int64_t k = 0;
+    for (; k + V <= count; k += V) store(to + k, load(from + k));
+    for (; k < count; ++k) convert(from[k], to[k]);
+  }
+  if (padded > count) memset(to + count, 0, size_t(padded - count) * sizeof(Elem));
+}
+
+// One step of K: `there` (at most kStepK) rows `stride` apart, interleaved, `count` elements each,
+// the rest of `width` zeros. Writes width * kStepK elements.
+template <class P, class T>
+FUSED_LSTM_INLINE void interleave(const T* rows, int64_t stride, int there, int64_t count,
+                                  typename P::Elem* to, int64_t width) {
+  if constexpr (P::kStepK == 1) {
+    copy_row(rows, there ? count : 0, to, width);
+  } else {
+    static_assert(P::kStepK == 2 && sizeof(T) == 2, "pairs of 16-bit numbers");
+    const uint16_t* low = reinterpret_cast<const uint16_t*>(rows);
+    const uint16_t* high = low + stride;
+    uint32_t* pairs = reinterpret_cast<uint32_t*>(to);
+    if (there == 2) {
+      for (int64_t n = 0; n < count; ++n) pairs[n] = low[n] | uint32_t(high[n]) << 16;
+    } else {
+      for (int64_t n = 0; n < count; ++n) pairs[n] = there ? low[n] : 0;
+    }
+    memset(pairs + count, 0, size_t(width - count) * sizeof(uint32_t));
+  }
+}
+
+// Packs a panel of `width` columns whose elements are dense along K: column n is weights +
+// column(n) * stride, or zeros where column(n) is negative. A cache line of every column at a time,
+// so that the 16 rows of the panel being written stay in the first-level cache: 0.4 ns an element
+// against 2 ns column by column.
+template <class P, class T, class Column>
+static void pack_dense_k(const T* weights, int64_t stride, int64_t K, int width, Column column,
+                         typename P::Elem* panel) {
+  constexpr int S = P::kStepK;
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const int64_t padded = round_up(K, P::kPadK);
+  for (int64_t k0 = 0; k0 < padded; k0 += kLine) {
+    const int64_t end = k0 + kLine < padded ? k0 + kLine : padded;
+    for (int n = 0; n < width; ++n) {
+      const int64_t c = column(n);
+      const T* from = weights + c * stride;
+      typename P::Elem* to = panel + (k0 / S * width + n) * S;
+      const int64_t whole = c < 0 ? k0 : end <= K ? end : K / S * S > k0 ? K / S * S : k0;
+      int64_t k = k0;
+      for (; k < whole; k += S, to += width * S)
+        for (int i = 0; i < S; ++i) convert(from[k + i], to[i]);
+      for (; k < end; k += S, to += width * S)
+        for (int i = 0; i < S; ++i) {
+          if (c >= 0 && k + i < K) {
+            convert(from[k + i], to[i]);
+          } else {
+            to[i] = typename P::Elem{};
+          }
+        }
+    }
+  }
+}
+
+// Packs a panel of `width` columns, `columns` of them there and the rest zeros, from rows of K
+// `stride` apart.
+template <class P, class T>
+static void pack_dense_columns(const T* weights, int64_t stride, int64_t K, int64_t width,
+                               int64_t columns, typename P::Elem* panel) {
+  constexpr int S = P::kStepK;
+  if (columns > width) columns = width;
+  for (int64_t k = 0; k < round_up(K, P::kPadK); k += S, panel += width * S) {
+    const int64_t left = K - k;
+    const int there = left >= S ? S : left > 0 ? int(left) : 0;
+    interleave<P>(weights + k * stride, stride, there, columns, panel, width);
+  }
+}
+
+// Packs `columns` columns of a dense matrix, rows of K `stride` apart, as strips `strip_size`
+// apart. One step of K at a time for all strips: column by column, the matrix's rows (4 KB and more
+// apart) evict one another from the first-level cache. `step` holds one step of all strips.
+template <class P, class T>
+static void pack_strips(const T* from, int64_t stride, int64_t K, int64_t columns,
+                        typename P::Elem* strips, int64_t strip_size, typename P::Elem* step) {
+  constexpr int S = P::kStepK, R = P::kStripRows;
+  const int64_t padded = round_up(K, P::kPadK), count = (columns + R - 1) / R;
+  if constexpr (P::kStripIsTransposed) {
+    for (int64_t k = 0; k < padded; ++k)
+      for (int64_t c = 0; c < count * R; ++c)
+        strips[c / R * strip_size + c % R * padded + k] =
+            k < K && c < columns ? from[k * stride + c] : typename P::Elem{};
+  } else {
+    for (int64_t k = 0; k < padded; k += S) {
+      const int64_t left = K - k;
+      interleave<P>(from + k * stride, stride, left >= S ? S : int(left), columns, step, count * R);
+      for (int64_t s = 0; s < count; ++s)
+        memcpy(strips + s * strip_size + k * R, step + s * R * S, sizeof(typename P::Elem) * R * S);
+    }
+  }
+}
+
+}  // namespace fused_lstm::cpu::FUSED_LSTM_ISA
