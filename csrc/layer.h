@@ -68,7 +68,7 @@ struct Layer {
     TORCH_CHECK(T > 0, "Expected sequence length to be larger than 0 in RNN");
   }
 
- private:
+  // Raises RuntimeError where a tensor is not of this shape, or not of input's dtype and device.
   static void check(const at::Tensor& tensor, const char* name, at::IntArrayRef shape,
                     const at::Tensor& input) {
     TORCH_CHECK(tensor.sizes() == shape, "fused_lstm: expected ", name, " of shape ", shape,
@@ -80,6 +80,7 @@ struct Layer {
                 " but input is on ", input.device(), ": move one of them");
   }
 
+ private:
   void read_batch_sizes(const at::Tensor& sizes) {
     TORCH_CHECK(sizes.dim() == 1 && sizes.scalar_type() == at::kLong && sizes.is_cpu(),
                 "fused_lstm: batch_sizes must be a 1-D int64 tensor on the CPU");

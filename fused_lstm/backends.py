@@ -35,6 +35,11 @@ if _release(_C.build_info()["torch"]) != _release(torch.__version__):
 KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 NAMES = ("cpu", "cuda", "triton", "reference")
 
+_UNAVAILABLE = {
+    "cuda": _C.build_info()["cuda"].removeprefix("no: "),
+    "triton": "this version has no Triton kernels yet",
+}
+
 _forced: str | None = None  # read on every call, and guarded on by TorchDynamo
 
 
@@ -104,12 +109,8 @@ def uses_kernels(input: Tensor, transformed: bool) -> bool:
         else:
             return True
     else:
-        reason = _unavailable(_forced)
+        reason = _UNAVAILABLE[_forced]
     raise RuntimeError(f"the forced backend {_forced!r} can't serve this call: {reason}")
-
-
-def _unavailable(name: str) -> str:
-    return f"there are no {name} kernels in this version of fused_lstm"
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,8 @@ def backends() -> Backends:
                 True,
                 f"CPU tensors in float32, float64, bfloat16 and float16, with {_C.cpu_isa()}",
             ),
-            Backend("cuda", False, _unavailable("cuda")),
-            Backend("triton", False, _unavailable("triton")),
+            Backend("cuda", False, _UNAVAILABLE["cuda"]),
+            Backend("triton", False, _UNAVAILABLE["triton"]),
             Backend(
                 "reference",
                 True,

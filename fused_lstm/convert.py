@@ -37,5 +37,5 @@ def restore_lstm(model: Model) -> Model:
 def _change_class(model: Model, old: type[nn.Module], new: type[nn.Module]) -> Model:
     for module in model.modules():
         if type(module) is old:
-            module.__class__ = new  # type: ignore[assignment]
+            module.__class__ = new
     return model

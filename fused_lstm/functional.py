@@ -145,7 +145,8 @@ def _layers(
     elif num_layers == 1:
         h_l, c_l = h_0, c_0
     if num_layers == 1:
-        return layer(input, batch_sizes, h_l, c_l, weights)[:3]
+        output, h, c, *_ = layer(input, batch_sizes, h_l, c_l, weights)
+        return output, h, c
 
     each = len(weights) // num_layers
     h_n, c_n = [], []

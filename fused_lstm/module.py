@@ -1,12 +1,15 @@
 """`FusedLSTM`, the module."""
 
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .functional import States, lstm
+
+Kind = TypeVar("Kind", bound=nn.Module)
+_Torch: Any = nn.LSTM  # its methods, for a FusedLSTM to borrow
 
 
 class FusedLSTM(nn.RNNBase):
@@ -64,16 +67,22 @@ class FusedLSTM(nn.RNNBase):
         super().__init__("LSTM", *args, **kwargs)
 
     # nn.LSTM's own argument checks, for whoever overrides or calls them, and for its errors below.
-    get_expected_cell_size = nn.LSTM.get_expected_cell_size
-    check_forward_args = nn.LSTM.check_forward_args
-    permute_hidden = nn.LSTM.permute_hidden
+    get_expected_cell_size = _Torch.get_expected_cell_size
+    check_forward_args = _Torch.check_forward_args
+    permute_hidden = _Torch.permute_hidden
 
     def flatten_parameters(self) -> None:
         """Does nothing: these kernels take the parameters as they are."""
 
-    def forward(  # type: ignore[override]
-        self, input: Tensor | PackedSequence, hx: States | None = None
-    ) -> tuple[Tensor | PackedSequence, States]:
+    @overload
+    def forward(self, input: Tensor, hx: States | None = None) -> tuple[Tensor, States]: ...
+
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: States | None = None
+    ) -> tuple[PackedSequence, States]: ...
+
+    def forward(self, input: Any, hx: States | None = None) -> tuple[Any, States]:
         # By name on every call: a parametrization, weight_norm, pruning, functional_call or an
         # assignment may have put another tensor there. The dict first: it is ten times as fast.
         parameters = self._parameters
@@ -83,15 +92,15 @@ class FusedLSTM(nn.RNNBase):
             if weight is None:
                 weight = getattr(self, name)
                 if weight is None:
-                    return nn.LSTM.forward(self, input, hx)  # type: ignore[arg-type]
+                    return _Torch.forward(self, input, hx)
             weights.append(weight)
 
         packed = isinstance(input, PackedSequence)
+        data, batch_sizes, states = input, None, hx
         if packed:
             data, batch_sizes, sorted_indices, unsorted_indices = input
-            states = hx if hx is None else self.permute_hidden(hx, sorted_indices)
-        else:
-            data, batch_sizes, states = input, None, hx
+            if hx is not None:
+                states = self.permute_hidden(hx, sorted_indices)
         result = lstm(
             data,
             batch_sizes,
@@ -109,11 +118,11 @@ class FusedLSTM(nn.RNNBase):
         )
         if result is None:
             # Not what nn.LSTM documents: it raises its own error, or does what it does.
-            return nn.LSTM.forward(self, input, hx)  # type: ignore[arg-type]
+            return _Torch.forward(self, input, hx)
         output, h_n, c_n = result
         if packed:
-            output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-            return output, self.permute_hidden((h_n, c_n), unsorted_indices)
+            rows = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+            return rows, self.permute_hidden((h_n, c_n), unsorted_indices)
         return output, (h_n, c_n)
 
     def __prepare_scriptable__(self) -> nn.LSTM:
@@ -130,7 +139,7 @@ class FusedLSTM(nn.RNNBase):
         return _rebuilt(self, nn.LSTM)
 
 
-def _rebuilt(module: nn.Module, cls: type) -> Any:
+def _rebuilt(module: nn.Module, cls: type[Kind]) -> Kind:
     """`module` as another class: its own containers, the same parameters and hooks in them."""
     result = cls.__new__(cls)
     result.__dict__.update(

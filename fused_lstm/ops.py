@@ -77,10 +77,10 @@ def _backward_shapes(
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     input, batch_sizes, h_0, c_0, weights = inputs
-    output, _, _, gates, cells = output
+    sequence, _, _, gates, cells = output
     ctx.mark_non_differentiable(gates, cells)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(input, batch_sizes, h_0, c_0, output, gates, cells, *weights)
+    ctx.save_for_backward(input, batch_sizes, h_0, c_0, sequence, gates, cells, *weights)
 
 
 def _backward(
@@ -136,7 +136,8 @@ def _reference_gradients(
         found = lstm_layer(input, batch_sizes, h_0, c_0, weights)
         return tuple(found[index] for index in given)
 
-    _, pull = torch.func.vjp(results, *(t for t, need in zip(tensors, needs, strict=True) if need))
+    wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
+    pull = torch.func.vjp(results, *wanted)[1]
     grads = pull(tuple(grads_of_results[index] for index in given))
     return _merged([None] * len(tensors), needs, grads)
 
@@ -184,8 +185,8 @@ def _double_backward(ctx: Any, *grad_grads: Any) -> tuple[Any, ...]:
     grads: list[Tensor | None] = [None] * len(wanted)
     if any(used) and any(grad is not None for grad in tensors[:3]):
         with torch.autocast(tensors[3].device.type, enabled=False):
-            variables = (t for t, want in zip(tensors, wanted, strict=True) if want)
-            _, pull = torch.func.vjp(gradients, *variables)
+            variables = [tensor for tensor, want in zip(tensors, wanted, strict=True) if want]
+            pull = torch.func.vjp(gradients, *variables)[1]
             found = pull(tuple(c for c, use in zip(cotangents, used, strict=True) if use))
         grads = _merged(grads, wanted, found)
     return (*grads[:4], None, grads[4], grads[5], grads[6:], None, None, None, None)

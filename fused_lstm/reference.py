@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-# Gate sums and the cell state are kept in float32 where the input is narrower, as in the kernels.
+# Gate sums and states are kept in float32 where the input is narrower.
 _ACCUMULATE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
@@ -99,10 +99,8 @@ def _one_direction(
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
         if w_hr is not None:
-            h = linear(h.to(dtype).to(wide), w_hr)
+            h = linear(h, w_hr)
         outputs.append(h.to(dtype))
-        # The next step's product reads what a kernel has stored.
-        h = outputs[-1].to(wide)
     if reverse:
         outputs.reverse()
     if ended_h:

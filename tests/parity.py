@@ -24,7 +24,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #   (outputs and states; gradients): rounding a result is half a unit, and a gradient is a sum of
 #   terms as large as the largest;
 FLOOR = 2.0
-# - the same for float64, where the truth is nn.LSTM itself, whose own error then seems to be nothing;
+# - the same for float64, where the truth is nn.LSTM itself, whose own error then seems nothing;
 FLOOR_FLOAT64 = 64.0
 # - in units of the epsilon of float32 (float64's for float64): the gates' sums, of magnitude 1 to 4
 #   whatever the size of the result, are rounded to that.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn, randn
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from fused_lstm import FusedLSTM
+from fused_lstm import FusedLSTM, backend
 
 Case = Callable[[type], Any]
 CASES: dict[str, Case] = {}
@@ -240,8 +241,11 @@ def outcome(run: Case, cls: type) -> tuple[str, Any]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_same_as_torch(name: str) -> None:
-    expected, found = outcome(CASES[name], nn.LSTM), outcome(CASES[name], FusedLSTM)
+@pytest.mark.parametrize("forced", [None, "reference"])
+def test_same_as_torch(forced: str | None, name: str) -> None:
+    expected = outcome(CASES[name], nn.LSTM)
+    with backend(forced) if forced else contextlib.nullcontext():
+        found = outcome(CASES[name], FusedLSTM)
     if name == "weight_changed_in_place":  # the message names the shape of what a kernel has saved
         expected, found = ((kind, message[:80]) for kind, message in (expected, found))
     if expected[0] == "returned":
@@ -300,3 +304,31 @@ def test_list_of_states() -> None:
     lstm = FusedLSTM(4, 3)
     x, hx = randn(X), states(1, 2, 3)
     torch.testing.assert_close(lstm(x, list(hx)), lstm(x, hx), rtol=0, atol=0)
+
+
+def test_backward_operator_checks_what_it_reads() -> None:
+    """Called directly with tensors of other shapes, it must say so and not read past their end."""
+    x, h, c = torch.randn(3, 2, 5), torch.zeros(1, 2, 7), torch.zeros(1, 2, 7)
+    weights = [torch.randn(28, 5), torch.randn(28, 7)]
+    output, _, _, gates, cells = torch.ops.fused_lstm.lstm_forward(x, None, h, c, weights)
+    right = {
+        "grad_output": torch.ones_like(output),
+        "grad_h_n": torch.ones_like(h),
+        "grad_c_n": torch.ones_like(c),
+        "output": output,
+        "gates": gates,
+        "cells": cells,
+    }
+
+    def call(grad_output, grad_h_n, grad_c_n, output, gates, cells):
+        grads = (grad_output, grad_h_n, grad_c_n)
+        saved = (output, gates, cells)
+        return torch.ops.fused_lstm.lstm_backward(
+            *grads, x, None, h, c, weights, *saved, [True] * 5
+        )
+
+    call(**right)
+    for name, tensor in right.items():
+        for wrong in (tensor[..., :-1], tensor.double()):
+            with pytest.raises(RuntimeError, match=name):
+                call(**{**right, name: wrong})

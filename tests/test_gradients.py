@@ -148,6 +148,27 @@ def test_saves_nothing_when_no_gradient_is_wanted() -> None:
     assert ran.names == ["lstm_forward"] * 2
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_only_one_state_wants_a_gradient(which: int) -> None:
+    lstm = FusedLSTM(3, 4, 2).requires_grad_(False)
+    x = torch.randn(5, 2, 3)
+    hx = (torch.randn(2, 2, 4), torch.randn(2, 2, 4))
+    hx[which].requires_grad_()
+    found, expected = (
+        torch.autograd.grad(module(x, hx)[0].sum(), hx[which]) for module in (lstm, lstm.to_torch())
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_is_saved_is_not_differentiable() -> None:
+    lstm = FusedLSTM(3, 4)
+    states = torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)
+    results = torch.ops.fused_lstm.lstm_forward(
+        torch.randn(5, 2, 3), None, *states, list(lstm.parameters())
+    )
+    assert [result.requires_grad for result in results] == [True, True, True, False, False]
+
+
 def test_frozen_weights() -> None:
     """Only the gradients that are wanted are computed, and they are the right ones."""
     lstm = FusedLSTM(3, 4, bidirectional=True)

@@ -64,9 +64,11 @@ def test_sizes_beyond_one_tile(options: Options, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-def test_long_sequence(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("chosen", ["cpu", "reference"])
+def test_long_sequence(chosen: str, dtype: torch.dtype) -> None:
     """Errors that grow with T, such as a cell state kept too narrow, show here."""
-    check(Options(I=3, H=17, T=300, B=2), dtype)
+    with backend(chosen):
+        check(Options(I=3, H=17, T=300, B=2), dtype)
 
 
 @pytest.mark.parametrize(

@@ -191,10 +191,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> lstm_bac
               " weights, got ", needs.size());
   const Dtype dtype = dtype_of(input);
   const at::TensorOptions options = input.options();
-  const int64_t D = layer.directions;
   const at::Tensor grad_output = maybe_grad_output.value_or(at::Tensor());
   const at::Tensor grad_h_n = maybe_grad_h_n.value_or(at::Tensor()),
                    grad_c_n = maybe_grad_c_n.value_or(at::Tensor());
+  const int64_t D = layer.directions;
+  const auto rows = input.sizes().slice(0, input.dim() - 1);
+  std::vector<int64_t> output_shape(rows.begin(), rows.end());
+  output_shape.push_back(D * layer.P);
+  Layer::check(output, "output", output_shape, input);
+  Layer::check(gates, "gates", {D, layer.N, 4 * layer.H}, input);
+  Layer::check(cells, "cells", {D, layer.N, layer.H}, input);
+  if (grad_output.defined()) Layer::check(grad_output, "grad_output", output_shape, input);
+  if (grad_h_n.defined()) Layer::check(grad_h_n, "grad_h_n", h_0.sizes(), input);
+  if (grad_c_n.defined()) Layer::check(grad_c_n, "grad_c_n", c_0.sizes(), input);
   // N == 0 is B == 0: nothing runs, and the weights' gradients are sums of nothing
   auto wanted = [&](bool need, at::IntArrayRef shape) {
     return !need     ? at::empty({0}, options)

@@ -1,0 +1,140 @@
+"""Which backend serves a call, what forces another, and what is said of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fused_lstm
+from fused_lstm import _C, FusedLSTM, backend, backends
+
+X = torch.ones(3, 2, 4)
+
+
+class Served(torch.utils._python_dispatch.TorchDispatchMode):
+    """Whether this package's operators ran."""
+
+    kernels = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.kernels |= func.namespace == "fused_lstm"
+        return func(*args, **(kwargs or {}))
+
+
+def by_kernels(lstm: FusedLSTM, x: torch.Tensor = X) -> bool:
+    with Served() as served:
+        lstm(x)
+    return served.kernels
+
+
+def test_automatic_choice() -> None:
+    assert by_kernels(FusedLSTM(4, 3))
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        assert by_kernels(FusedLSTM(4, 3, dtype=dtype), X.to(dtype))
+    assert not by_kernels(FusedLSTM(4, 3, dtype=torch.complex64), X.to(torch.complex64))
+
+
+def test_forced() -> None:
+    lstm = FusedLSTM(4, 3)
+    with backend("reference"):
+        assert not by_kernels(lstm)
+        assert backends().forced == "reference"
+        with backend("cpu"):
+            assert by_kernels(lstm)
+        assert not by_kernels(lstm)
+    assert by_kernels(lstm) and backends().forced is None
+    with pytest.raises(ZeroDivisionError), backend("reference"):
+        1 / 0  # noqa: B018
+    assert by_kernels(lstm)
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_forced_one_that_is_not_there(name: str) -> None:
+    lstm = FusedLSTM(4, 3)
+    with backend(name), pytest.raises(RuntimeError) as error:
+        lstm(X)
+    line = backends()[name]
+    assert not line.available and line.detail
+    assert str(error.value) == f"the forced backend '{name}' can't serve this call: {line.detail}"
+
+
+def test_forced_one_that_can_not() -> None:
+    lstm = FusedLSTM(4, 3, dtype=torch.complex64)
+    with backend("cpu"), pytest.raises(RuntimeError, match="does not serve torch.complex64"):
+        lstm(X.to(torch.complex64))
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(ValueError) as error:
+        backend("gpu")
+    assert str(error.value) == (
+        "unknown backend 'gpu', expected one of: cpu, cuda, triton, reference"
+    )
+    with pytest.raises(ValueError, match="unknown backend 'gpu'"):
+        backends()["gpu"]
+
+
+def test_table() -> None:
+    table = backends()
+    assert [line.name for line in table] == ["cpu", "cuda", "triton", "reference"]
+    assert [line.available for line in table] == [True, False, False, True]
+    text = str(table)
+    assert table.build["torch"] in text and "compiler" in text
+    for name, supported in _C.cpu_isas():
+        (line,) = (line for line in text.splitlines() if line.startswith(f"{name} "))
+        if name == _C.cpu_isa():
+            assert line.endswith("in use")
+        else:
+            assert ("no: this processor" in line) == (not supported)
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    folder = str(Path(fused_lstm.__file__).parent.parent)
+    path = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_command() -> None:
+    found = python("-m", "fused_lstm", FUSED_LSTM_BACKEND="")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == f"{backends()}\n"
+
+
+def test_environment_variable() -> None:
+    code = "import fused_lstm; print(fused_lstm.backends().forced)"
+    assert python("-c", code, FUSED_LSTM_BACKEND="reference").stdout == "reference\n"
+    found = python("-c", code, FUSED_LSTM_BACKEND="gpu")
+    assert found.returncode == 1
+    assert found.stderr.splitlines()[-1] == (
+        "ValueError: unknown backend 'gpu', expected one of: cpu, cuda, triton, reference"
+    )
+
+
+def test_other_torch_than_built_against() -> None:
+    found = python("-c", "import torch; torch.__version__ = '2.99.0'; import fused_lstm")
+    assert found.returncode == 1
+    built = _C.build_info()["torch"]
+    assert found.stderr.splitlines()[-1] == (
+        f"ImportError: fused_lstm was built against torch {built} and can't run with torch 2.99.0; "
+        "run `pip install --force-reinstall --no-deps .` in its source folder"
+    )
+
+
+def test_compiled_part_that_does_not_load() -> None:
+    code = "import sys; sys.modules['fused_lstm._C'] = None; import fused_lstm"
+    found = python("-c", code)
+    assert found.returncode == 1
+    last = found.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: fused_lstm's compiled part does not load beside torch")
+    assert torch.__version__ in last and "pip install --force-reinstall" in last
