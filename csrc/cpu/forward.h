@@ -262,10 +262,9 @@ struct ForwardPass {
   // inputs[r] = x[r] W_ih^T + b_ih + b_hh for one block of units.
   void input_product(const Direction& dir, int64_t block, const Elem* x, int64_t stride,
                      int64_t rows, A* inputs) const {
-    const int64_t most = P::max_rows(4);
-    for (int64_t r = 0; r < rows; r += most) {
-      const int m = int(rows - r < most ? rows - r : most);
-      P::run(m, 4,
+    for (int64_t r = 0, m; r < rows; r += m) {
+      m = P::next_rows(rows - r, 4);
+      P::run(int(m), 4,
              {x + r * stride, stride, P::kStepK, dir.input_panels + block * kWidth * x_padded,
               x_padded / P::kStepK, dir.bias + block * kWidth, 0, inputs + r * kWidth});
     }
@@ -298,23 +297,23 @@ struct ForwardPass {
     const Forward& a = args[d];
     A* sums = own.sums;
     const Direction& dir = direction[d];
-    const int64_t most = P::max_rows(4), first = seq.first_row(t), u = block * V;
+    const int64_t first = seq.first_row(t), u = block * V;
     const int lanes = lanes_at(u, seq.H);
     const Elem* h = dir.h[s % 2];
-    for (int64_t r = active.begin; r < active.end; r += most) {
-      const int m = int(active.end - r < most ? active.end - r : most);
+    for (int64_t r = active.begin, m; r < active.end; r += m) {
+      m = P::next_rows(active.end - r, 4);
       if (dense) {
-        dense_sums(d, block, m, own.dense + (r - active.begin) * (x_dense + h_dense), sums);
+        dense_sums(d, block, int(m), own.dense + (r - active.begin) * (x_dense + h_dense), sums);
       } else {
         P::run(
-            m, 4,
+            int(m), 4,
             {h + r * h_stride, h_stride, P::kStepK, dir.hidden_panels + block * kWidth * h_padded,
              h_padded / P::kStepK, inputs + (r - active.begin) * kWidth, kWidth, sums});
       }
       if (lanes == V) {
-        cells<true>(a, dir, s, first, r, m, next, u, lanes, sums);
+        cells<true>(a, dir, s, first, r, int(m), next, u, lanes, sums);
       } else {
-        cells<false>(a, dir, s, first, r, m, next, u, lanes, sums);
+        cells<false>(a, dir, s, first, r, int(m), next, u, lanes, sums);
       }
     }
   }
@@ -380,12 +379,11 @@ struct ForwardPass {
     const Forward& a = args[d];
     const Direction& dir = direction[d];
     const int vectors = projection.vectors_of(block);
-    const int64_t most = P::max_rows(vectors), first = seq.first_row(t),
-                  column = projection.first(block);
+    const int64_t first = seq.first_row(t), column = projection.first(block);
     static const A zeros[kWidth] = {};
-    for (int64_t r = active.begin; r < active.end; r += most) {
-      const int m = int(active.end - r < most ? active.end - r : most);
-      P::run(m, vectors,
+    for (int64_t r = active.begin, m; r < active.end; r += m) {
+      m = P::next_rows(active.end - r, vectors);
+      P::run(int(m), vectors,
              {dir.unprojected + r * m_stride, m_stride, P::kStepK,
               dir.projection_panels + column * m_padded, m_padded / P::kStepK, zeros, 0, sums});
       for (int i = 0; i < m; ++i)

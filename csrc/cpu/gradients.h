@@ -267,16 +267,16 @@ struct GradientsPass {
       if (copy_dgates && directions == 1) copy_rows(0, begin, end, copied);
       for (int64_t block = 0; block < input_columns.count(); ++block) {
         const int vectors = input_columns.vectors_of(block);
-        const int64_t most = P::max_rows(vectors), column = input_columns.first(block);
-        for (int64_t r = begin; r < end; r += most) {
-          const int m = int(end - r < most ? end - r : most);
+        const int64_t column = input_columns.first(block);
+        for (int64_t r = begin, m; r < end; r += m) {
+          m = P::next_rows(end - r, vectors);
           for (int d = 0; d < directions; ++d) {
             if (copy_dgates && directions > 1) copy_rows(d, r, r + m, copied);
             const int64_t skip = directions > 1 ? 0 : r - begin;
             const Elem* operand =
                 copy_dgates ? copied + skip * g_stride
                             : reinterpret_cast<const Elem*>(args[d].dgates) + r * 4 * seq.H;
-            P::run(m, vectors,
+            P::run(int(m), vectors,
                    {operand, copy_dgates ? g_stride : 4 * seq.H, P::kStepK,
                     input_panels[d] + column * g_padded, g_padded / P::kStepK, d ? sums : zeros,
                     d ? kWidth : 0, sums});

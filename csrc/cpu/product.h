@@ -153,6 +153,13 @@ struct Product {
            : vectors == 2 ? kRowsFor<2>
                           : kRowsFor<1>;
   }
+  // Rows of the next tile when `left` of them are to be cut: as even as can be, for a last tile of
+  // one or two rows waits for its panel, 256 bytes a step from the second-level cache, and takes as
+  // long as one of four.
+  static int next_rows(int64_t left, int vectors) {
+    const int64_t most = max_rows(vectors), tiles = (left + most - 1) / most;
+    return int((left + tiles - 1) / tiles);
+  }
   // Called once by each thread after its last product.
   static void end() {}
 

@@ -29,6 +29,7 @@ struct ProductAmx {
   };
 
   static int max_rows(int) { return 2 * kTile; }
+  static int next_rows(int64_t left, int) { return left < 2 * kTile ? int(left) : 2 * kTile; }
   static void end() { _tile_release(); }
 
   // As Product's, but each column becomes a row of K.
