@@ -1,18 +1,17 @@
 // The CPU kernels behind the operators: shapes and buffers out of tensors, then the kernel of the
 // instruction set in use.
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/List.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/Allocator.h>
 #include <torch/library.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "../layer.h"
+#include "block_cache.h"
 #include "dispatch.h"
 
 namespace fused_lstm::cpu {
@@ -43,19 +42,35 @@ Dtype dtype_of(const at::Tensor& t) {
 
 int thread_count() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-// Large blocks are mapped anew at each call; asked for in huge pages they are faulted in 2 MB at a
-// time.
-at::Tensor buffer(at::IntArrayRef shape, const at::TensorOptions& options) {
-  at::Tensor t = at::empty(shape, options);
-#if defined(__linux__)
-  constexpr uintptr_t kHuge = 2u << 20;
-  if (t.nbytes() >= 2 * kHuge) {
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(t.data_ptr()) + kHuge - 1) & ~(kHuge - 1);
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(t.data_ptr()) + t.nbytes()) & ~(kHuge - 1);
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+// torch's way to memory from the block cache: tensors that own it, and can be resized like any
+// other.
+class CachedAllocator final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    auto* block = new BlockCache::Block(BlockCache::instance().take(bytes));
+    return {block->data, block, &release, at::kCPU};
   }
-#endif
-  return t;
+  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
+  void copy_data(void* to, const void* from, std::size_t bytes) const override {
+    default_copy_data(to, from, bytes);
+  }
+
+ private:
+  static void release(void* context) {
+    auto* block = static_cast<BlockCache::Block*>(context);
+    BlockCache::instance().give(*block);
+    delete block;
+  }
+};
+
+// Uninitialised. Large ones come from the cache; the C library handles small ones well.
+at::Tensor buffer(at::IntArrayRef shape, const at::TensorOptions& options) {
+  static CachedAllocator* allocator = new CachedAllocator();
+  constexpr size_t kCached = 256 << 10;
+  const size_t bytes = size_t(c10::multiply_integers(shape)) * options.dtype().itemsize();
+  if (bytes < kCached) return at::empty(shape, options);
+  return at::detail::empty_generic(shape, allocator, c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                   c10::typeMetaToScalarType(options.dtype()), std::nullopt);
 }
 
 // One block for each calling thread, as large as its largest call yet: mapping a few MB anew costs

@@ -1,0 +1,92 @@
+#include "block_cache.h"
+
+#include <cstdlib>
+#include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace fused_lstm::cpu {
+namespace {
+
+constexpr size_t kPage = 4096, kHugePage = size_t(2) << 20, kDefaultLimit = size_t(512) << 20;
+
+// Up to an eighth more, so that sequences of nearly the same length share blocks.
+size_t size_class(size_t bytes) {
+  size_t step = kPage;
+  while (step * 16 <= bytes) step *= 2;
+  return (bytes + step - 1) / step * step;
+}
+
+#if defined(__linux__)
+
+// Mapped by themselves: from the C library's heap they would leave holes. Large ones in huge pages.
+void* allocate(size_t bytes) {
+  const size_t alignment = bytes >= 2 * kHugePage ? kHugePage : kPage, room = bytes + alignment;
+  char* mapped = static_cast<char*>(
+      mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  if (mapped == MAP_FAILED) throw std::bad_alloc();
+  const size_t before = (alignment - reinterpret_cast<uintptr_t>(mapped) % alignment) % alignment;
+  if (before) munmap(mapped, before);
+  if (room > before + bytes) munmap(mapped + before + bytes, room - before - bytes);
+  if (alignment == kHugePage) madvise(mapped + before, bytes, MADV_HUGEPAGE);
+  return mapped + before;
+}
+
+void release(const BlockCache::Block& block) { munmap(block.data, block.bytes); }
+
+#else
+
+void* allocate(size_t bytes) {
+  void* data = nullptr;
+  if (posix_memalign(&data, kPage, bytes) != 0) throw std::bad_alloc();
+  return data;
+}
+
+void release(const BlockCache::Block& block) { std::free(block.data); }
+
+#endif
+
+}  // namespace
+
+BlockCache& BlockCache::instance() {
+  static BlockCache* cache = new BlockCache();
+  return *cache;
+}
+
+BlockCache::BlockCache() : limit_(kDefaultLimit) {
+  if (const char* megabytes = std::getenv("FUSED_LSTM_CACHE_MB"))
+    limit_ = size_t(std::strtoull(megabytes, nullptr, 10)) << 20;
+}
+
+BlockCache::Block BlockCache::take(size_t bytes) {
+  bytes = size_class(bytes);
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto block = free_.rbegin(); block != free_.rend(); ++block) {
+      if (block->bytes != bytes) continue;
+      const Block found = *block;
+      free_.erase(std::next(block).base());
+      kept_ -= found.bytes;
+      return found;
+    }
+  }
+  return {allocate(bytes), bytes};
+}
+
+void BlockCache::give(Block block) {
+  std::list<Block> surplus;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    free_.push_back(block);
+    kept_ += block.bytes;
+    while (kept_ > limit_) {
+      kept_ -= free_.front().bytes;
+      surplus.splice(surplus.end(), free_, free_.begin());
+    }
+  }
+  for (const Block& old : surplus) release(old);
+}
+
+}  // namespace fused_lstm::cpu

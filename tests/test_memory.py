@@ -1,0 +1,79 @@
+"""The CPU kernel's buffers: reused from call to call, never shared, bounded."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fused_lstm import FusedLSTM
+
+SCRIPT = """
+import resource, torch
+from fused_lstm import FusedLSTM
+torch.manual_seed(0)
+lstm = FusedLSTM(16, 128)
+x, ones = torch.randn(600, 16, 16), torch.ones(600, 16, 128)
+def step(length):
+    lstm(x[:length])[0].backward(ones[:length])
+for _ in range(3):
+    step(600)
+before = resource.getrusage(resource.RUSAGE_SELF)
+for length in {lengths}:
+    step(length)
+after = resource.getrusage(resource.RUSAGE_SELF)
+print(after.ru_minflt - before.ru_minflt, after.ru_maxrss - before.ru_maxrss)
+"""
+
+
+def faults_and_growth(lengths: str, megabytes: int) -> tuple[int, int]:
+    """Page faults, and kilobytes by which the process's peak grew, over the given lengths."""
+    environment = {**os.environ, "FUSED_LSTM_CACHE_MB": str(megabytes), "OMP_NUM_THREADS": "1"}
+    script = SCRIPT.format(lengths=lengths)
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    faults, growth = done.stdout.split()
+    return int(faults), int(growth)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's fault counters")
+def test_buffers_are_reused() -> None:
+    cached, _ = faults_and_growth("[600] * 20", 512)
+    uncached, _ = faults_and_growth("[600] * 20", 0)
+    assert cached < uncached / 10, (cached, uncached)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in kilobytes there")
+def test_memory_is_flat_over_many_lengths() -> None:
+    _, growth = faults_and_growth("range(1, 600)", 64)
+    assert growth < 80 * 1024, f"{growth} kB over 599 lengths, with 64 MB kept"
+
+
+def test_results_that_are_still_held_keep_their_values() -> None:
+    torch.manual_seed(0)
+    lstm = FusedLSTM(8, 129)
+    inputs = [torch.randn(70, 17, 8, requires_grad=True) for _ in range(4)]
+    held = [lstm(x)[0] for x in inputs]
+    copies = [output.detach().clone() for output in held]
+    for _ in range(3):  # takes and frees blocks of the same size
+        lstm(inputs[0])[0].sum().backward()
+    for output, copy in zip(held, copies, strict=True):
+        assert torch.equal(output, copy)
+    assert len({output.data_ptr() for output in held}) == 4
+    expected = [torch.autograd.grad(lstm(x)[0].square().sum(), x)[0] for x in inputs]
+    for x, output, gradient in zip(inputs, held, expected, strict=True):
+        found = torch.autograd.grad(output.square().sum(), x)[0]
+        assert torch.equal(found, gradient)
+
+
+def test_output_is_a_tensor_like_any_other() -> None:
+    output = FusedLSTM(8, 129)(torch.randn(70, 17, 8))[0].detach()
+    grown = output.clone()
+    first = output[0, 0].clone()
+    output.resize_(140, 17, 129)
+    assert torch.equal(output[0, 0], first) and torch.equal(output[:70], grown)
+    assert torch.equal(output.share_memory_()[0, 0], first)
