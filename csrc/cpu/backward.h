@@ -172,12 +172,8 @@ struct BackwardPass {
         for (int v = 0; v < columns.vectors_of(block); ++v) {
           const int64_t u = columns.first(block) + v * V;
           store_lanes<false>(static_cast<T*>(a.grad_c_0) + b * seq.H + u,
-                             load(direction[d].dc + b * c_stride + u), lanes_at(u, seq.H));
+                             load(direction[d].dc + b * c_stride + u), lanes_at<A>(u, seq.H));
         }
-  }
-
-  static int lanes_at(int64_t first, int64_t count) {
-    return count - first < V ? int(count - first) : V;
   }
 
   void hidden_step(int d, int64_t block, const Step& step, const Range& rows, A* sums) const {
@@ -205,7 +201,7 @@ struct BackwardPass {
         if (!seq.projected && r + i < step.active) tanh_cells(a, step, r + i, column, tanh_c);
         for (int v = 0; v < vectors; ++v) {
           const int64_t u = column + v * V;
-          const int lanes = lanes_at(u, seq.P);
+          const int lanes = lanes_at<A>(u, seq.P);
           if (lanes == V) {
             hidden_gradient<true>(a, dir, step, r + i, u, lanes, sums + i * kWidth + v * V,
                                   tanh_c[v]);
@@ -298,7 +294,7 @@ struct BackwardPass {
         tanh_cells(args[d], step, r + i, column, tanh_c);
         for (int v = 0; v < vectors; ++v) {
           const int64_t u = column + v * V;
-          cell<false>(args[d], dir, step, r + i, u, lanes_at(u, seq.H),
+          cell<false>(args[d], dir, step, r + i, u, lanes_at<A>(u, seq.H),
                       load(sums + i * kWidth + v * V), tanh_c[v]);
         }
       }

@@ -235,13 +235,10 @@ struct ForwardPass {
       for (int64_t block = mine.begin; block < mine.end; ++block) {
         const int64_t u = block * V;
         store_lanes<false>(static_cast<T*>(a.c_n) + b * seq.H + u,
-                           load(direction[d].c + b * c_stride + u), lanes_at(u, seq.H));
+                           load(direction[d].c + b * c_stride + u), lanes_at<A>(u, seq.H));
       }
   }
 
-  static int lanes_at(int64_t first, int64_t count) {
-    return count - first < V ? int(count - first) : V;
-  }
   static int64_t count_of(const Range& r) { return r.empty() ? 0 : r.end - r.begin; }
 
   const T* input_row(const Forward& a, int64_t t, int64_t b) const {
@@ -286,9 +283,9 @@ struct ForwardPass {
         A* out = sums + i * kWidth + gate * V;
         const int64_t row = gate * seq.H + u;
         dense_dots(static_cast<const T*>(args[d].weight_ih) + row * seq.I, seq.I, seq.I, operand,
-                   lanes_at(u, seq.H), direction[d].bias + block * kWidth + gate * V, out);
+                   lanes_at<A>(u, seq.H), direction[d].bias + block * kWidth + gate * V, out);
         dense_dots(static_cast<const T*>(args[d].weight_hh) + row * seq.P, seq.P, seq.P,
-                   operand + x_dense, lanes_at(u, seq.H), out, out);
+                   operand + x_dense, lanes_at<A>(u, seq.H), out, out);
       }
   }
 
@@ -298,7 +295,7 @@ struct ForwardPass {
     A* sums = own.sums;
     const Direction& dir = direction[d];
     const int64_t first = seq.first_row(t), u = block * V;
-    const int lanes = lanes_at(u, seq.H);
+    const int lanes = lanes_at<A>(u, seq.H);
     const Elem* h = dir.h[s % 2];
     for (int64_t r = active.begin, m; r < active.end; r += m) {
       m = P::next_rows(active.end - r, 4);
@@ -389,7 +386,7 @@ struct ForwardPass {
       for (int i = 0; i < m; ++i)
         for (int v = 0; v < vectors; ++v) {
           const int64_t u = column + v * V;
-          emit<false>(a, dir, s, first, r + i, next, u, lanes_at(u, seq.P),
+          emit<false>(a, dir, s, first, r + i, next, u, lanes_at<A>(u, seq.P),
                       load(sums + i * kWidth + v * V));
         }
     }

@@ -172,15 +172,13 @@ struct GradientsPass {
              buffers.sums + (s - mine.begin) * job.blocks.count() * R * kWidth + r * kWidth);
     for (int64_t m = columns.begin; bias && m < columns.end; m += V)
       store_lanes<false>(static_cast<T*>(args[d].grad_bias) + m,
-                         load(buffers.bias + m - columns.begin), lanes_at(m, columns.end));
+                         load(buffers.bias + m - columns.begin), lanes_at<A>(m, columns.end));
   }
-
-  static int lanes_at(int64_t first, int64_t end) { return end - first < V ? int(end - first) : V; }
 
   // sums += the sum of `count` of left's rows from k on, within `columns`.
   void add_rows(const Job& job, int64_t k, int64_t count, const Range& columns, A* sums) const {
     for (int64_t m = columns.begin; m < columns.end; m += V) {
-      const int lanes = lanes_at(m, columns.end);
+      const int lanes = lanes_at<A>(m, columns.end);
       const T* from = job.left + k * job.rows + m;
       Vec<A> sum{};
       if (lanes == V) {
@@ -284,7 +282,7 @@ struct GradientsPass {
           for (int i = 0; i < m; ++i)
             for (int v = 0; v < vectors; ++v) {
               const int64_t n = column + v * V;
-              const int lanes = lanes_at(n, seq.I);
+              const int lanes = lanes_at<A>(n, seq.I);
               store_lanes<false>(dx + (r + i) * seq.I + n, load(sums + i * kWidth + v * V), lanes);
             }
         }

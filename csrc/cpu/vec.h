@@ -161,7 +161,12 @@ FUSED_LSTM_INLINE void store(Half* p, Vec<float> v) {
 }
 #endif
 
-// The last vector of a row may have fewer elements than lanes: these touch only `count` of them.
+// The last vector of a row may have fewer elements than lanes: how many a vector at `first` of
+// `count` has, and loads and stores that touch only those.
+template <class A>
+FUSED_LSTM_INLINE int lanes_at(int64_t first, int64_t count) {
+  return count - first < kLanes<A> ? int(count - first) : kLanes<A>;
+}
 template <class T>
 FUSED_LSTM_INLINE Vec<Acc<T>> load_part(const T* p, int count) {
   T padded[kLanes<Acc<T>>] = {};
