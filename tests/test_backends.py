@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fresh_process import run_python
 
-import fused_lstm
 from fused_lstm import _C, FusedLSTM, backend, backends
 
 X = torch.ones(3, 2, 4)
@@ -94,27 +90,16 @@ def test_table() -> None:
             assert ("no: this processor" in line) == (not supported)
 
 
-def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    folder = str(Path(fused_lstm.__file__).parent.parent)
-    path = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-    )
-
-
 def test_command() -> None:
-    found = python("-m", "fused_lstm", FUSED_LSTM_BACKEND="")
+    found = run_python("-m", "fused_lstm", FUSED_LSTM_BACKEND="")
     assert found.returncode == 0, found.stderr
     assert found.stdout == f"{backends()}\n"
 
 
 def test_environment_variable() -> None:
     code = "import fused_lstm; print(fused_lstm.backends().forced)"
-    assert python("-c", code, FUSED_LSTM_BACKEND="reference").stdout == "reference\n"
-    found = python("-c", code, FUSED_LSTM_BACKEND="gpu")
+    assert run_python("-c", code, FUSED_LSTM_BACKEND="reference").stdout == "reference\n"
+    found = run_python("-c", code, FUSED_LSTM_BACKEND="gpu")
     assert found.returncode == 1
     assert found.stderr.splitlines()[-1] == (
         "ValueError: unknown backend 'gpu', expected one of: cpu, cuda, triton, reference"
@@ -122,7 +107,7 @@ def test_environment_variable() -> None:
 
 
 def test_other_torch_than_built_against() -> None:
-    found = python("-c", "import torch; torch.__version__ = '2.99.0'; import fused_lstm")
+    found = run_python("-c", "import torch; torch.__version__ = '2.99.0'; import fused_lstm")
     assert found.returncode == 1
     built = _C.build_info()["torch"]
     assert found.stderr.splitlines()[-1] == (
@@ -133,7 +118,7 @@ def test_other_torch_than_built_against() -> None:
 
 def test_compiled_part_that_does_not_load() -> None:
     code = "import sys; sys.modules['fused_lstm._C'] = None; import fused_lstm"
-    found = python("-c", code)
+    found = run_python("-c", code)
     assert found.returncode == 1
     last = found.stderr.splitlines()[-1]
     assert last.startswith("ImportError: fused_lstm's compiled part does not load beside torch")

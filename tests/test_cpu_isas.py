@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
+from fresh_process import run_python
 from parity import DTYPES, Options, check
 
-import fused_lstm
 from fused_lstm import _C, FusedLSTM
 
 SUPPORTED = [name for name, supported in _C.cpu_isas() if supported]
@@ -87,11 +84,5 @@ def test_unknown_or_unsupported() -> None:
 
 def test_environment_variable() -> None:
     code = "import torch; from fused_lstm import _C; print(_C.cpu_isa())"
-    folder = str(Path(fused_lstm.__file__).parent.parent)
-    found = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": folder, "FUSED_LSTM_CPU_ISA": "generic"},
-        capture_output=True,
-        text=True,
-    )
+    found = run_python("-c", code, FUSED_LSTM_CPU_ISA="generic")
     assert found.stdout == "generic\n", found.stderr

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
+from fresh_process import run_python
 
 from fused_lstm import FusedLSTM
 
@@ -31,10 +30,8 @@ print(after.ru_minflt - before.ru_minflt, after.ru_maxrss - before.ru_maxrss)
 
 def faults_and_growth(lengths: str, megabytes: int) -> tuple[int, int]:
     """Page faults, and kilobytes by which the process's peak grew, over the given lengths."""
-    environment = {**os.environ, "FUSED_LSTM_CACHE_MB": str(megabytes), "OMP_NUM_THREADS": "1"}
     script = SCRIPT.format(lengths=lengths)
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    done = run_python("-c", script, FUSED_LSTM_CACHE_MB=str(megabytes), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     faults, growth = done.stdout.split()
     return int(faults), int(growth)

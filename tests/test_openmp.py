@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-import fused_lstm
+from fresh_process import run_python
 
 PROGRAM = """
 import torch
@@ -31,15 +28,8 @@ def runtimes(maps: str) -> set[Path]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_one_openmp_runtime(tmp_path: Path) -> None:
-    package = Path(fused_lstm.__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(package.parent)},
-        capture_output=True,
-        text=True,
-    )
+def test_one_openmp_runtime() -> None:
+    done = run_python("-c", PROGRAM)
     assert done.returncode == 0, done.stderr
     openmp, _, maps = done.stdout.partition("\n")
     found = runtimes(maps)
