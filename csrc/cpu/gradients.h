@@ -107,8 +107,7 @@ struct GradientsPass {
     if (projection)
       return {static_cast<const T*>(a.grad_projected), seq.P,
               ColumnBlocks(a.grad_weight_hr ? seq.H : 0, V, 1)};
-    const int64_t columns =
-        (a.grad_weight_ih ? seq.I : 0) + (a.grad_weight_hh ? seq.P : 0) + (a.grad_bias ? 1 : 0);
+    const int64_t columns = (a.grad_weight_ih ? seq.I : 0) + (a.grad_weight_hh ? seq.P : 0);
     return {static_cast<const T*>(a.dgates), 4 * seq.H, ColumnBlocks(columns, V, 1)};
   }
 
