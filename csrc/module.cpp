@@ -6,12 +6,18 @@
 #include <pybind11/stl.h>
 
 #include <optional>
+#include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "build_info.h"
 #include "cpu/dispatch.h"
+#ifdef FUSED_LSTM_HAVE_CUDA
+#include "cuda/kernels.h"
+#include "cuda/plan.h"
+#endif
 
 namespace py = pybind11;
 namespace cpu = fused_lstm::cpu;
@@ -55,6 +61,42 @@ void force_cpu_isa(const std::optional<std::string>& name) {
                         "' here; this build and processor offer:" + usable);
 }
 
+#ifdef FUSED_LSTM_HAVE_CUDA
+namespace cuda = fused_lstm::cuda;
+
+int position(const std::string& name, const std::vector<std::string>& names) {
+  for (size_t index = 0; index < names.size(); ++index) {
+    if (name == names[index]) {
+      return int(index);
+    }
+  }
+  std::string expected;
+  for (const std::string& one : names) {
+    expected += " " + one;
+  }
+  throw py::value_error("'" + name + "' is none of:" + expected);
+}
+
+// multiprocessors, shared memory of a block in bytes, compute capability
+using Properties = std::tuple<int, int, int, int>;
+
+std::string cuda_plan(const std::string& pass, const std::string& operands, int T, int B, int H,
+                      int directions, const std::optional<Properties>& given) {
+  const auto which_pass = cuda::Pass(position(pass, {"forward", "backward"}));
+  const auto kind = cuda::Operands(position(operands, {"bfloat16", "float16", "tf32", "float32"}));
+  if (given) {
+    const auto& [multiprocessors, shared_bytes, major, minor] = *given;
+    const cuda::Device device{multiprocessors, shared_bytes, major, minor, true};
+    return cuda::describe(cuda::plan(device, which_pass, kind, T, B, H, directions));
+  }
+  cuda::Device device{};
+  if (const char* error = cuda::properties(device)) {
+    throw std::runtime_error(std::string("no plan without a GPU's properties: ") + error);
+  }
+  return cuda::describe(cuda::choose(which_pass, kind, T, B, H, directions));
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -67,4 +109,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("force_cpu_isa", &force_cpu_isa, py::arg("name").none(true),
         "Serve calls with the kernels of one instruction set; None returns to the best supported.\n"
         "Raises ValueError for one that was not built or that this processor can't run.");
+#ifdef FUSED_LSTM_HAVE_CUDA
+  m.def(
+      "cuda_plan", &cuda_plan, py::arg("pass_"), py::arg("operands"), py::arg("T"), py::arg("B"),
+      py::arg("H"), py::arg("directions") = 1, py::arg("device").none(true) = py::none(),
+      "How a call of these sizes is run, in words that begin with 'persistent' or say why it is "
+      "not.\n"
+      "pass_: forward, backward; operands: bfloat16, float16, tf32, float32. device: of which "
+      "to\nthink, as (multiprocessors, shared memory of a block in bytes, major, minor), or "
+      "None for the\ncurrent one. Raises ValueError for other words, RuntimeError without a GPU.");
+  m.def("cuda_usable", &cuda::usable,
+        "Whether the CUDA kernels were compiled for the current device.");
+#endif
 }

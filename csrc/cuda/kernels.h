@@ -1,0 +1,167 @@
+// What the host file asks of the CUDA kernels: plain structs, raw pointers, a stream. No torch.
+//
+// Shapes are those of ../lstm.h; every tensor is dense unless a stride says otherwise, strides
+// count elements, and all of a call's tensors have one dtype. Rows of a packed sequence are taken
+// as they are.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../lstm.h"
+#include "launch.h"
+#include "plan.h"
+
+namespace fused_lstm::cuda {
+
+// The rows of one step of a packed sequence: how many, and which is the first.
+struct Rows {
+  int32_t count, first;
+};
+
+struct Extent {
+  int32_t T, B, H;
+  int64_t N;          // rows in all
+  const Rows* steps;  // (T) on the device, null where every step has B rows
+};
+
+// --- the persistent path: one launch for all steps -----------------------------------------------
+
+struct ForwardDirection {
+  const void* weight_hh;  // (4H, H)
+  const void* bias_ih;    // (4H), null without bias
+  const void* bias_hh;    // (4H), null without bias
+  const void* h_0;        // (B, H)
+  const void* c_0;        // (B, H)
+  void* gates;            // (N, 4H) in: x W_ih^T; out, where they are saved: activated gates
+  void* cells;            // (N, H) c_t, null where nothing is saved
+  void* output;           // (N, H), rows output_stride apart
+  int64_t output_stride;
+  void* h_n;  // (B, H)
+  void* c_n;  // (B, H)
+  bool reverse;
+};
+
+struct Forward {
+  Extent extent;
+  bool save;  // gates and cells, for the backward
+  ForwardDirection direction[2];
+};
+
+struct BackwardDirection {
+  const void* weight_hh;         // (4H, H)
+  const void* grad_output;       // (T, B, H) by strides, last dimension dense; null: zero
+  int64_t grad_output_stride_t;  // unused when packed
+  int64_t grad_output_stride_b;
+  const void* grad_h_n;  // (B, H), null: zero
+  const void* grad_c_n;  // (B, H), null: zero
+  const void* c_0;       // (B, H)
+  const void* gates;     // (N, 4H), as the forward saved them
+  const void* cells;     // (N, H), as the forward saved them
+  void* dgates;          // (N, 4, padded_units) out: gradient of the gates before their activation
+  void* grad_c_0;        // (B, H) out
+  bool reverse;
+};
+
+struct Backward {
+  Extent extent;
+  BackwardDirection direction[2];
+};
+
+// plan() for the current device, and what the device itself says of how many blocks it holds: a
+// plan that could not run all its blocks at once comes back not persistent. What the host file
+// calls.
+Plan choose(Pass pass, Operands operands, int T, int B, int H, int directions);
+
+// Bytes of scratch memory, 256-byte aligned, for `directions` directions of a call.
+size_t workspace_bytes(const Plan& plan, const Extent& extent);
+
+// Enqueue a whole pass on the stream for plan.directions directions at a time; nothing is waited
+// for and nothing is allocated. Null on success, else what went wrong.
+const char* run(const Plan& plan, const Forward& call, void* workspace, Stream stream);
+const char* run(const Plan& plan, const Backward& call, void* workspace, Stream stream);
+
+// Copies the steps of a packed sequence to the device by way of kernel arguments: no pinned memory,
+// no wait, and a captured graph keeps its own copy.
+const char* upload(const Rows* steps, int32_t T, Rows* device_steps, Stream stream);
+
+// --- the step path: a product by cuBLAS and one of these a step ----------------------------------
+
+// The states h (B, P), c (B, H) are kept in place from step to step, c in float (double for
+// double): rows that take no part in a step keep theirs.
+struct ForwardStep {
+  Dtype dtype;
+  int64_t rows, H;
+  void* gates;          // (rows, 4H) x W_ih^T + h W_hh^T in; activated gates out if `save`
+  const void* bias_ih;  // (4H), null without bias
+  const void* bias_hh;  // (4H), null without bias
+  void* c;              // (B, H) float or double, in and out
+  void* h;              // (rows, H) out: o tanh(c), rows h_stride apart
+  int64_t h_stride;
+  void* h_again;  // (B, H) out: the same, null where not wanted
+  void* cells;    // (rows, H) c_t, null where nothing is saved
+  bool save;
+};
+
+struct BackwardStep {
+  Dtype dtype;
+  int64_t rows, H;
+  const void* gates;         // (rows, 4H)
+  const void* cells;         // (rows, H)
+  const void* cells_before;  // (rows_before, H) c_{t-1}; rows from rows_before on: c_0
+  int64_t rows_before;
+  const void* c_0;          // (B, H)
+  const void* grad_output;  // (rows, H) rows grad_output_stride apart, null: zero
+  int64_t grad_output_stride;
+  const void* dh;  // (B, H) from the steps after, null: zero
+  void* dc;        // (B, H) float or double, in and out
+  void* dgates;    // (rows, 4H) out
+  void* hidden;    // (rows, H) out: o tanh(c), null where not wanted
+};
+
+// sum = a + b (rows, columns), for projected states. No stride where there is none: rows are dense.
+struct Sum {
+  Dtype dtype;
+  int64_t rows, columns;
+  const void* a;  // rows a_stride apart, null: zero
+  int64_t a_stride;
+  const void* b;  // null: zero
+  void* sum;      // rows sum_stride apart
+  int64_t sum_stride;
+};
+
+const char* run(const ForwardStep& step, Stream stream);
+const char* run(const BackwardStep& step, Stream stream);
+const char* run(const Sum& sum, Stream stream);
+
+// --- rows of packed sequences, for the products after the backward through time
+// -------------------
+
+// The state that each row's step began with.
+struct PreviousStates {
+  Dtype dtype;
+  Extent extent;
+  int64_t P;
+  bool reverse;
+  const void* output;  // (N, P), rows output_stride apart
+  int64_t output_stride;
+  const void* h_0;  // (B, P)
+  void* previous;   // (N, P) out
+};
+
+// The row of each sequence's last step.
+struct LastRows {
+  Dtype dtype;
+  Extent extent;
+  int64_t columns;
+  const void* rows;  // (N, columns)
+  void* last;        // (B, columns) out
+};
+
+const char* run(const PreviousStates& call, Stream stream);
+const char* run(const LastRows& call, Stream stream);
+
+// Whether the kernels were compiled for the current device.
+bool usable();
+
+}  // namespace fused_lstm::cuda

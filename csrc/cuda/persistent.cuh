@@ -1,0 +1,123 @@
+// What the persistent kernels have in common: their parameters, the walk over steps and tiles, and
+// how a block is placed among the others.
+#pragma once
+
+#include "device.cuh"
+#include "kernels.h"
+
+namespace fused_lstm::cuda {
+
+// The numbers of a Plan that kernels need, with what follows from them for this call.
+struct Tiling {
+  int slices, groups, tile_rows, tiles;
+  int warps_m, warps_k;   // warps of a block
+  int row_tiles, chunks;  // of a warp
+  int columns;     // of the recurrent weights' rows that are multiplied: H, or 4 padded H backward
+  int all_chunks;  // of 64 bytes, that these columns make
+  int padded;      // H rounded up to the units of one published word
+  int partials, bias, cell, states, state_stride;
+};
+
+struct ForwardTask {
+  ForwardDirection given;
+  const Words* weights;  // packed (prepare.cu)
+  char* states;          // (B + N, states_stride) h_0, then h_t: how blocks of a team exchange h
+};
+
+struct ForwardParams {
+  Extent extent;
+  Tiling tiling;
+  int states_stride;  // bytes
+  bool save;
+  ForwardTask direction[2];
+};
+
+struct BackwardTask {
+  BackwardDirection given;
+  const Words* weights;  // packed (prepare.cu)
+};
+
+struct BackwardParams {
+  Extent extent;
+  Tiling tiling;
+  BackwardTask direction[2];
+};
+
+// Words of packed weights of one direction.
+int64_t packed_words(const Plan& plan);
+
+// How many blocks of this plan's kernel a multiprocessor holds.
+template <Operands kOperands>
+int resident_forward(const Plan& plan);
+template <Operands kOperands>
+int resident_backward(const Plan& plan);
+
+template <Operands kOperands>
+const char* launch_forward(const Plan& plan, const ForwardParams& params, Stream stream);
+template <Operands kOperands>
+const char* launch_backward(const Plan& plan, const BackwardParams& params, Stream stream);
+
+const char* pack_forward(const Plan& plan, const ForwardParams& params, Stream stream);
+const char* pack_backward(const Plan& plan, const BackwardParams& params, Stream stream);
+
+// Where a block stands: its direction, its team there, and its slice of the hidden units.
+struct Place {
+  int direction, group, slice;
+
+  FUSED_LSTM_DEVICE explicit Place(const Tiling& tiling) {
+    slice = block_index() % tiling.slices;
+    group = block_index() / tiling.slices % tiling.groups;
+    direction = block_index() / (tiling.slices * tiling.groups);
+  }
+};
+
+// The steps in the order they are run in, and in each the batch tiles of one team: one tile at
+// first_row, the others each `stride` rows further. With the teams in turn between them, each team
+// has long and short sequences alike.
+struct Walk {
+  int s, tile, row_0;  // step, tile of the team, and the tile's first row of the batch
+  Rows before, now;    // rows of step s - 1, none before the first, and of step s
+
+  FUSED_LSTM_DEVICE Walk(const Extent& extent, const Tiling& tiling, int first_row, int stride,
+                         bool descending)
+      : s(-1),
+        tile(0),
+        row_0(0),
+        before{0, 0},
+        now{0, 0},
+        extent_(extent),
+        tiling_(tiling),
+        first_row_(first_row),
+        stride_(stride),
+        descending_(descending) {}
+
+  // Goes on to the next tile that has rows; false past the last.
+  FUSED_LSTM_DEVICE bool next() {
+    ++tile;
+    row_0 += stride_;
+    while (tile >= tiling_.tiles || row_0 >= now.count) {
+      if (++s >= extent_.T) return false;
+      before = now;
+      now = rows(s);
+      tile = 0;
+      row_0 = first_row_;
+    }
+    return true;
+  }
+
+  FUSED_LSTM_DEVICE Rows after() const { return s + 1 < extent_.T ? rows(s + 1) : Rows{0, 0}; }
+
+ private:
+  FUSED_LSTM_DEVICE Rows rows(int step) const {
+    const int t = descending_ ? extent_.T - 1 - step : step;
+    if (extent_.steps) return extent_.steps[t];
+    return {extent_.B, t * extent_.B};
+  }
+
+  const Extent& extent_;
+  const Tiling& tiling_;
+  int first_row_, stride_;
+  bool descending_;
+};
+
+}  // namespace fused_lstm::cuda

@@ -1,0 +1,113 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace fused_lstm::cuda {
+namespace {
+
+constexpr int kChunkBytes = 64;       // of a row of weights: what a warp multiplies at a time
+constexpr int kFragmentBytes = 1024;  // one chunk of 16 rows, in the order of the lanes
+
+int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+Plan refuse(Plan plan, std::string reason) {
+  plan.persistent = false;
+  plan.reason = std::move(reason);
+  return plan;
+}
+
+void lay_out_shared_memory(Plan& p, int columns) {
+  const int warps = p.warps_m * p.warps_k;
+  const int kept =
+      std::max(0, p.chunks - register_chunks(p.pass, p.alone, p.operands)) * row_tiles(p) * warps;
+  const int cells = p.units * p.tile_rows;
+  // Alone, a barrier stands between a step's sums and the next's anyway; a team does with one
+  // barrier a tile by writing to two copies in turn.
+  const int copies = p.alone ? 1 : 2;
+  p.partials = kept * kFragmentBytes;
+  p.bias = p.partials + copies * p.warps_k * cells * (p.pass == kForward ? 16 : 4);
+  p.cell = p.bias + (p.pass == kForward ? p.units * 16 : 0);
+  p.states = p.cell + p.tiles * cells * 4;
+  if (p.alone) {
+    // An odd number of chunks: two neighbouring rows then lie in different halves of the banks.
+    p.state_stride = (ceil_div(columns * element_bytes(p.operands), kChunkBytes) | 1) * kChunkBytes;
+    p.shared_bytes = p.states + p.tiles * 2 * p.tile_rows * p.state_stride;
+  } else {
+    // Plain fp32 multiplications read states from shared memory, where each warp puts its share.
+    p.state_stride = kChunkBytes;
+    const int staged = p.operands == kF32 ? warps * 2 * p.tile_rows * p.state_stride : 0;
+    p.shared_bytes = p.states + staged;
+  }
+}
+
+// Into blocks, teams and tiles.
+Plan cut(Plan p, const Device& device, int B, int H, int columns) {
+  const int all_chunks = ceil_div(columns * element_bytes(p.operands), kChunkBytes);
+  if (p.alone) {
+    p.warps_m = ceil_div(H, p.pass == kForward ? 8 : 16);
+    p.warps_k = p.pass == kForward ? 1 : std::max(2, std::min({8, 16 / p.warps_m, all_chunks}));
+    p.units = p.warps_m * (p.pass == kForward ? 8 : 16);
+    p.slices = 1;
+  } else {
+    if (!device.cooperative) return refuse(p, "the device has no cooperative launches");
+    p.warps_m = 1;
+    p.warps_k = kWarpsInTeam;
+    p.units = kUnitsInTeam;
+    p.slices = ceil_div(H, p.units);
+  }
+  p.chunks = ceil_div(all_chunks, p.warps_k);
+  if (p.slices * p.directions > device.multiprocessors) p.directions = 1;
+  const int most_groups = device.multiprocessors / (p.slices * p.directions);
+  if (most_groups == 0)
+    return refuse(p, "H needs " + std::to_string(p.slices) + " multiprocessors, the device has " +
+                         std::to_string(device.multiprocessors));
+  const int eights = ceil_div(B, 8);
+  const bool wide = !p.alone && p.operands != kF32 && eights > most_groups;
+  p.tile_rows = wide ? 16 : 8;
+  const int all_tiles = ceil_div(B, p.tile_rows);
+  p.groups = std::min(most_groups, all_tiles);
+  p.tiles = ceil_div(all_tiles, p.groups);
+  if (p.tiles > kMostTiles)
+    return refuse(p, "B gives each team more than " + std::to_string(kMostTiles) + " tiles a step");
+  lay_out_shared_memory(p, columns);
+  if (p.shared_bytes > device.shared_bytes)
+    return refuse(p, "a block needs " + std::to_string(p.shared_bytes) +
+                         " bytes of shared memory, the device has " +
+                         std::to_string(device.shared_bytes));
+  p.persistent = true;
+  return p;
+}
+
+}  // namespace
+
+Plan plan(const Device& device, Pass pass, Operands operands, int T, int B, int H, int directions) {
+  Plan p{};
+  p.pass = pass;
+  p.operands = operands;
+  p.directions = directions;
+  if (device.major < 8) return refuse(p, "the persistent kernels need compute capability 8.0");
+  if (T < kFewestSteps)
+    return refuse(p, "T is below " + std::to_string(kFewestSteps) + ": not worth packing weights");
+  const int columns = pass == kForward ? H : 4 * padded_units(operands, H);
+  if (H <= kMostUnitsAlone) {
+    p.alone = true;
+    const Plan alone = cut(p, device, B, H, columns);
+    if (alone.persistent) return alone;
+  }
+  p.alone = false;
+  return cut(p, device, B, H, columns);
+}
+
+std::string describe(const Plan& p) {
+  if (!p.persistent) return "a product and a fused cell for each step: " + p.reason;
+  auto count = [](int n, const std::string& what) {
+    return std::to_string(n) + " " + what + (n == 1 ? "" : "s");
+  };
+  return "persistent: " + count(p.directions, "direction") + " at a time, " +
+         count(p.groups, "team") + " each of " + count(p.slices, "block") + " of " +
+         count(p.threads(), "thread") + ", " + count(p.tiles, "tile") + " of " +
+         std::to_string(p.tile_rows) + " rows a step, " + std::to_string(p.shared_bytes) +
+         " bytes of shared memory";
+}
+
+}  // namespace fused_lstm::cuda

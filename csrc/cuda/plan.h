@@ -1,0 +1,72 @@
+// Which path serves a call, and how the persistent path cuts it up. Pure C++.
+//
+// The persistent kernels keep the recurrent weights of `units` hidden units in each block, in
+// registers as far as they go and in shared memory beyond. The blocks of one team, `slices` of
+// them, hold all the weights of one direction and serve `tiles` tiles of the batch, one after the
+// other in each step; `groups` teams share the batch. All blocks of a launch run at once.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "launch.h"
+
+namespace fused_lstm::cuda {
+
+// How the recurrent product is taken, and so which kernel: tensor cores on 16 bits or tf32, or
+// plain fp32 multiplications.
+enum Operands { kBf16, kF16, kTf32, kF32, kOperands };
+
+enum Pass { kForward, kBackward };
+
+inline int element_bytes(Operands operands) { return operands <= kF16 ? 2 : 4; }
+
+// H rounded up to the units that are published in one 32-bit word: the width of a gate in dgates.
+// Where it is more than H, the column between is zero.
+inline int padded_units(Operands operands, int H) { return operands <= kF16 ? (H + 1) / 2 * 2 : H; }
+
+// Chunks of weights that a warp keeps in registers: as many as leave room for the rest of what a
+// thread needs among its 255 (alone 128) registers. nvcc's report decides: nothing may spill.
+constexpr int register_chunks(Pass pass, bool alone, Operands operands) {
+  if (pass == kForward) return operands != kF32 ? 4 : alone ? 1 : 3;
+  if (operands != kF32) return alone ? 7 : 16;
+  return alone ? 1 : 12;
+}
+template <Pass kPass, bool kAlone, Operands kOperands>
+constexpr int kRegisterChunks = register_chunks(kPass, kAlone, kOperands);
+
+constexpr int kUnitsInTeam = 16;      // hidden units of a block of a team
+constexpr int kWarpsInTeam = 8;       // of a block of a team, which share its columns
+constexpr int kMostUnitsAlone = 128;  // up to here the weights fit one multiprocessor
+// Reckoned, not measured yet: the persistent path packs its weights first, and with many rows a
+// step is bound by arithmetic, where cuBLAS's larger tiles win.
+constexpr int kFewestSteps = 3;
+constexpr int kMostTiles = 8;
+
+struct Plan {
+  bool persistent;
+  std::string reason;  // why not
+
+  Pass pass;
+  Operands operands;
+  int directions;  // of one launch; a call's others follow in launches of their own
+  bool alone;      // a team is one block, which exchanges states in shared memory
+  int units, slices, groups, tile_rows, tiles;
+  int warps_m, warps_k;  // warps of a block: over units, and over the columns of the weights
+  int chunks;            // of 64 bytes of weight columns, for each warp
+  int threads() const { return 32 * warps_m * warps_k; }
+  int blocks() const { return directions * groups * slices; }
+
+  // Shared memory: offsets and the whole, in bytes.
+  int partials, bias, cell, states, state_stride, shared_bytes;
+};
+
+Plan plan(const Device& device, Pass pass, Operands operands, int T, int B, int H, int directions);
+
+// Tiles of 16 rows of weights that a warp multiplies.
+inline int row_tiles(const Plan& p) { return p.pass == kBackward ? 1 : p.alone ? 2 : 4; }
+
+// The same in words, for backends() and the benchmarks.
+std::string describe(const Plan& plan);
+
+}  // namespace fused_lstm::cuda

@@ -1,0 +1,152 @@
+// What comes before a persistent launch: the recurrent weights in the order in which lanes load
+// them, and h_0 where the first step looks for it.
+//
+// Packed weights, Words (16 bytes): (slices, warps_m, warps_k, chunks, row tiles of a warp, 2, 32
+// lanes); what lies where in a chunk of 64 bytes is in product.cuh. Rows and columns that do not
+// exist are zero.
+#include <algorithm>
+
+#include "launch.cuh"
+#include "product.cuh"
+
+namespace fused_lstm::cuda {
+namespace {
+
+struct PackParams {
+  Tiling tiling;
+  int H, B;
+  int64_t words;      // of all packed weights of one direction, in Words
+  int states_stride;  // bytes; zero where there are no states to start
+  struct {
+    const void* weight_hh;  // (4H, H)
+    Words* packed;
+    const void* h_0;  // (B, H)
+    char* states;
+  } direction[2];
+  int directions;
+};
+
+// The row of a forward block's weights: tiles of 16 rows hold gates i and f, then g and o, of 8
+// units. Backward a row is a unit, and the columns are the gates of all units.
+template <class T, bool kForward>
+FUSED_LSTM_DEVICE T element(const T* weight_hh, int H, int padded, int row, int column) {
+  if constexpr (kForward) {
+    const int tile = row / 16, gate = tile % 2 * 2 + row % 16 / 8;
+    const int unit = tile / 2 * 8 + row % 8;
+    return unit < H && column < H ? weight_hh[int64_t(gate * H + unit) * H + column] : T(0);
+  } else {
+    const int gate = column / padded, unit = column % padded;
+    return row < H && gate < 4 && unit < H ? weight_hh[int64_t(gate * H + unit) * H + row] : T(0);
+  }
+}
+
+template <Operands kOperands, bool kForward>
+FUSED_LSTM_KERNEL(256)
+pack_kernel(FUSED_LSTM_PARAMS(PackParams) p) {
+  using S = Storage<kOperands>;
+  using T = typename S::Type;
+  const Tiling& tiling = p.tiling;
+  const int d = block_index() % p.directions;
+  const int blocks = block_count() / p.directions, block = block_index() / p.directions;
+  const auto& given = p.direction[d];
+  const T* weight_hh = static_cast<const T*>(given.weight_hh);
+  const int64_t start = int64_t(block) * thread_count() + thread_index();
+  const int64_t step = int64_t(blocks) * thread_count();
+
+  const int row_tiles = tiling.row_tiles;
+  for (int64_t at = start; at < p.words; at += step) {
+    int64_t rest = at / kLanes;
+    const int lane = at % kLanes, m = rest % 2;
+    rest /= 2;
+    const int tile = rest % row_tiles;
+    rest /= row_tiles;
+    const int chunk = rest % tiling.chunks;
+    rest /= tiling.chunks;
+    const int warp_k = rest % tiling.warps_k;
+    rest /= tiling.warps_k;  // slice * warps_m + warp_m
+    Words words;
+    for (int r = 0; r < 4; ++r) {
+      int row, word;
+      weight_position<kOperands>(lane, m, r, row, word);
+      row += (int(rest) * row_tiles + tile) * 16;
+      const int first = (warp_k * tiling.chunks + chunk) * (kBytesOfChunk / int(sizeof(T)));
+      if constexpr (sizeof(T) == 2) {
+        const int column = first + 2 * word;
+        words.word[r] =
+            element<T, kForward>(weight_hh, p.H, tiling.padded, row, column) |
+            uint32_t(element<T, kForward>(weight_hh, p.H, tiling.padded, row, column + 1)) << 16;
+      } else {
+        const float value = element<T, kForward>(weight_hh, p.H, tiling.padded, row, first + word);
+        words.word[r] = float_bits(kOperands == kTf32 ? round_tf32(value) : value);
+      }
+    }
+    store_words(given.packed + at, words);
+  }
+
+  // As operand() leaves them: no NaN of the user's may look like kNotYet.
+  using Operand = typename S::Operand;
+  const int columns = p.states_stride / int(sizeof(T));
+  for (int64_t at = start; at < int64_t(p.B) * columns; at += step) {
+    const int column = at % columns;
+    const float h =
+        column < p.H ? S::load(static_cast<const T*>(given.h_0)[at / columns * p.H + column]) : 0;
+    reinterpret_cast<Operand*>(given.states)[at] = Operand(operand<kOperands>(h));
+  }
+}
+
+template <Operands kOperands>
+const char* launch_pack(const Plan& plan, const PackParams& params, Stream stream) {
+  const int64_t work = std::max<int64_t>(params.words, int64_t(params.B) * params.H);
+  const int blocks = int(std::min<int64_t>((work + 255) / 256, 1024)) * params.directions;
+  const Grid grid{blocks, 256, 0, false};
+  return plan.pass == kForward ? launch(pack_kernel<kOperands, true>, grid, stream, params)
+                               : launch(pack_kernel<kOperands, false>, grid, stream, params);
+}
+
+template <class Params>
+const char* pack(const Plan& plan, const Params& params, PackParams pack_params, Stream stream) {
+  pack_params.tiling = params.tiling;
+  pack_params.H = params.extent.H;
+  pack_params.B = params.extent.B;
+  pack_params.words = packed_words(plan);
+  pack_params.directions = plan.directions;
+  switch (plan.operands) {
+    case kBf16:
+      return launch_pack<kBf16>(plan, pack_params, stream);
+    case kF16:
+      return launch_pack<kF16>(plan, pack_params, stream);
+    case kTf32:
+      return launch_pack<kTf32>(plan, pack_params, stream);
+    default:
+      return launch_pack<kF32>(plan, pack_params, stream);
+  }
+}
+
+}  // namespace
+
+int64_t packed_words(const Plan& plan) {
+  return int64_t(plan.slices) * plan.warps_m * plan.warps_k * plan.chunks * row_tiles(plan) * 2 *
+         kLanes;
+}
+
+const char* pack_forward(const Plan& plan, const ForwardParams& params, Stream stream) {
+  PackParams p{};
+  p.states_stride = plan.alone ? 0 : params.states_stride;
+  for (int d = 0; d < plan.directions; ++d) {
+    const ForwardTask& task = params.direction[d];
+    p.direction[d] = {task.given.weight_hh, const_cast<Words*>(task.weights), task.given.h_0,
+                      task.states};
+  }
+  return pack(plan, params, p, stream);
+}
+
+const char* pack_backward(const Plan& plan, const BackwardParams& params, Stream stream) {
+  PackParams p{};
+  for (int d = 0; d < plan.directions; ++d) {
+    const BackwardTask& task = params.direction[d];
+    p.direction[d] = {task.given.weight_hh, const_cast<Words*>(task.weights), nullptr, nullptr};
+  }
+  return pack(plan, params, p, stream);
+}
+
+}  // namespace fused_lstm::cuda

@@ -1,0 +1,299 @@
+// The recurrent product of one warp: 16 * MT rows of weights times 8 * NT rows of the batch, over
+// the warp's share of the columns, with the weights at hand from step to step.
+//
+// Columns are taken in chunks of 64 bytes. Of a chunk, lane 4g + q loads 16 bytes, quarter q, of
+// batch row g: for the tensor cores these are the fragments of two mma, with the columns in an
+// order of our own, which the packed weights follow (prepare.cu). In words of 4 bytes, within the
+// chunk:
+//   weights, tensor cores: register r of mma m in lane 4g + q: row g + 8 (r & 1), word 4q + 2m +
+//   r/2 weights, plain fp32:   word r of half m in lane l: row l % 16, word 8 (l / 16) + 4m + r
+//   states:                word w in lane 4g + q: batch row g, word 4q + w
+#pragma once
+
+#include "persistent.cuh"
+#include "storage.cuh"
+
+namespace fused_lstm::cuda {
+
+constexpr int kBytesOfChunk = 64;
+constexpr int kLanes = 32;
+
+// Which row of 16 and which word of the chunk lane `lane` holds in word r of part m.
+template <Operands kOperands>
+FUSED_LSTM_DEVICE void weight_position(int lane, int m, int r, int& row, int& word) {
+  if constexpr (kOperands == kF32) {
+    row = lane % 16;
+    word = lane / 16 * 8 + 4 * m + r;
+  } else {
+    row = lane / 4 + 8 * (r & 1);
+    word = lane % 4 * 4 + 2 * m + r / 2;
+  }
+}
+
+// --- sums
+// -----------------------------------------------------------------------------------------
+
+// (16 MT, 8 NT) sums in the lanes of a warp. value(mt, n, row, put) hands each lane's own out.
+// kChains sums for each tile, which chunks add to in turn: an mma takes about 25 cycles, and one
+// can start every few.
+template <Operands kOperands, int MT, int NT, int kChains>
+class Sums {  // on the tensor cores
+ public:
+  FUSED_LSTM_DEVICE void clear() {
+#pragma unroll
+    for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+        for (int chain = 0; chain < kChains; ++chain)
+#pragma unroll
+          for (int r = 0; r < 4; ++r) sum_[mt][nt][chain][r] = 0;
+  }
+
+  // weight(mt, m) gives fragments. `slot` counts chunks, and must be known at compile time.
+  template <class Weight>
+  FUSED_LSTM_DEVICE void add(int slot, const Weight& weight, const Words (&state)[NT]) {
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int mt = 0; mt < MT; ++mt) {
+        const Words a = weight(mt, m);
+#pragma unroll
+        for (int nt = 0; nt < NT; ++nt) {
+          float (&sum)[4] = sum_[mt][nt][(2 * slot + m) % kChains];
+          const uint32_t b0 = state[nt].word[2 * m], b1 = state[nt].word[2 * m + 1];
+          if constexpr (kOperands == kBf16) mma_bf16(sum, a, b0, b1);
+          if constexpr (kOperands == kF16) mma_f16(sum, a, b0, b1);
+          if constexpr (kOperands == kTf32) mma_tf32(sum, a, b0, b1);
+        }
+      }
+  }
+
+  // Calls put(mt, row, n, sum) for each sum that this lane holds: row of 16, n of 8 NT.
+  template <class Put>
+  FUSED_LSTM_DEVICE void each(Put put) const {
+    const int lane = thread_index() % kLanes, g = lane / 4, q = lane % 4;
+#pragma unroll
+    for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          float sum = sum_[mt][nt][0][r];
+#pragma unroll
+          for (int chain = 1; chain < kChains; ++chain) sum += sum_[mt][nt][chain][r];
+          put(mt, g + 8 * (r / 2), 8 * nt + 2 * q + r % 2, sum);
+        }
+  }
+
+ private:
+  float sum_[MT][NT][kChains][4];
+};
+
+template <int MT, int NT, int kChains>
+class Sums<kF32, MT, NT,
+           kChains> {  // plain multiplications: a lane has one row and half of each chunk
+ public:
+  FUSED_LSTM_DEVICE void clear() {
+#pragma unroll
+    for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+      for (int n = 0; n < 8 * NT; ++n) sum_[mt][n] = 0;
+  }
+
+  // `rows` are the batch rows' parts of this chunk in shared memory, `stride` bytes apart.
+  template <class Weight>
+  FUSED_LSTM_DEVICE void add(const Weight& weight, const char* rows, int stride) {
+    const char* half = rows + thread_index() % kLanes / 16 * 32;
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      Words a[MT];
+#pragma unroll
+      for (int mt = 0; mt < MT; ++mt) a[mt] = weight(mt, m);
+#pragma unroll
+      for (int n = 0; n < 8 * NT; ++n) {
+        const Words state = load_words(half + n * stride + 16 * m);
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+#pragma unroll
+          for (int mt = 0; mt < MT; ++mt)
+            sum_[mt][n] += bits_float(a[mt].word[r]) * bits_float(state.word[r]);
+      }
+    }
+  }
+
+  template <class Put>
+  FUSED_LSTM_DEVICE void each(Put put) const {
+    const int lane = thread_index() % kLanes;
+    const bool upper = lane >= 16;
+#pragma unroll
+    for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float low = sum_[mt][8 * nt + i], high = sum_[mt][8 * nt + 4 + i];
+          const float other = shuffle_xor(upper ? low : high, 16);
+          put(mt, lane % 16, 8 * nt + i + (upper ? 4 : 0), (upper ? high : low) + other);
+        }
+  }
+
+ private:
+  float sum_[MT][8 * NT];
+};
+
+// --- weights
+// --------------------------------------------------------------------------------------
+
+// A warp's weights: chunks below RT in registers, the rest in shared memory.
+template <int MT, int RT>
+struct Weights {
+  Words kept[RT][MT][2];
+  char* rest;  // this lane's part of the first chunk that is not kept
+  int chunks;  // of this warp
+
+  static constexpr int kFragment = kLanes * sizeof(Words);  // bytes from one Words to the next
+
+  // `shared` is where all the warps' rests start.
+  FUSED_LSTM_DEVICE void load(const Words* packed, const Tiling& tiling, int slice, char* shared) {
+    const int warp = thread_index() / kLanes, lane = thread_index() % kLanes;
+    const int warps = tiling.warps_m * tiling.warps_k;
+    const char* mine = reinterpret_cast<const char*>(packed + lane) +
+                       size_t(slice * warps + warp) * tiling.chunks * MT * 2 * kFragment;
+    const int spare = tiling.chunks > RT ? tiling.chunks - RT : 0;
+    rest = shared + size_t(warp) * spare * MT * 2 * kFragment + lane * sizeof(Words);
+    const int first = warp % tiling.warps_k * tiling.chunks;
+    chunks = tiling.all_chunks - first;
+    chunks = chunks < 0 ? 0 : chunks < tiling.chunks ? chunks : tiling.chunks;
+#pragma unroll
+    for (int j = 0; j < RT; ++j)
+#pragma unroll
+      for (int part = 0; part < 2 * MT; ++part)
+        kept[j][part / 2][part % 2] =
+            j < chunks ? load_words(mine + (j * MT * 2 + part) * kFragment) : Words{};
+    for (int part = 0; part < spare * MT * 2; ++part)  // each lane reads back only its own
+      store_words(rest + part * kFragment, load_words(mine + (RT * MT * 2 + part) * kFragment));
+  }
+
+  FUSED_LSTM_DEVICE Words load_rest(int j, int mt, int m) const {
+    return load_words(rest + (((j - RT) * MT + mt) * 2 + m) * kFragment);
+  }
+};
+
+// --- states
+// ---------------------------------------------------------------------------------------
+
+// A block that is alone has the states in shared memory, in rows of `stride` bytes.
+template <Operands kOperands, int NT>
+struct SharedStates {
+  static constexpr bool kPublished = false;
+  const char* rows;  // from this warp's first column on
+  int stride;
+
+  FUSED_LSTM_DEVICE void fetch(int j, Words (&state)[NT]) const {
+    const int lane = thread_index() % kLanes;
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt)
+      state[nt] =
+          load_words(rows + (8 * nt + lane / 4) * stride + j * kBytesOfChunk + lane % 4 * 16);
+  }
+  template <int kAhead>
+  FUSED_LSTM_DEVICE void wait(int, Words (&)[kAhead][NT]) const {}
+  FUSED_LSTM_DEVICE const char* in_shared_memory(int j, const Words (&)[NT],
+                                                 int& stride_out) const {
+    stride_out = stride;
+    return rows + j * kBytesOfChunk;
+  }
+};
+
+// The states that the blocks of a team publish in global memory: each lane polls the very words
+// that it multiplies until none is kNotYet, so no flag, no fence and no second trip to L2.
+template <Operands kOperands, int NT>
+struct PublishedStates {
+  static constexpr bool kPublished = true;
+  const char* rows[NT];  // this lane's part of its row, from this warp's first column on; or null
+  int chunks;            // of which this lane's part is within the columns
+  char* stage;           // kF32: (2, 8 NT, 64 bytes) of this warp in shared memory
+
+  FUSED_LSTM_DEVICE void fetch(int j, Words (&state)[NT]) const {
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt)
+      state[nt] = rows[nt] && j < chunks ? load_published(rows[nt] + j * kBytesOfChunk) : Words{};
+  }
+
+  // Until all that was fetched of the chunks from `first` on is there. What is missing is fetched
+  // again all at once: one by one, each would cost a trip to L2 of its own.
+  template <int kAhead>
+  FUSED_LSTM_DEVICE void wait(int first, Words (&state)[kAhead][NT]) const {
+    // About a second: each try is a trip to L2. No correct launch comes near it.
+    constexpr int kTries = 1 << 21;
+    for (int tries = 0;; ++tries) {
+      bool missing = false;
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        bool there = true;
+#pragma unroll
+        for (int nt = 0; nt < NT; ++nt) there &= published(state[i][nt]);
+        if (!there) fetch(first + i, state[i]);
+        missing |= !there;
+      }
+      if (!warp_any(missing)) return;
+      if (tries == kTries) give_up();
+    }
+  }
+
+  FUSED_LSTM_DEVICE const char* in_shared_memory(int j, const Words (&state)[NT],
+                                                 int& stride) const {
+    const int lane = thread_index() % kLanes;
+    char* copy = stage + (j & 1) * 8 * NT * kBytesOfChunk;  // the other one may still be read
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt)
+      store_words(copy + (8 * nt + lane / 4) * kBytesOfChunk + lane % 4 * 16, state[nt]);
+    warp_barrier();
+    stride = kBytesOfChunk;
+    return copy;
+  }
+};
+
+// --- the product
+// ----------------------------------------------------------------------------------
+
+template <Operands kOperands, int MT, int NT, int kChains, int RT, class States>
+FUSED_LSTM_DEVICE void multiply(Sums<kOperands, MT, NT, kChains>& sums,
+                                const Weights<MT, RT>& weights, const States& states) {
+  // Loads of states in flight: a trip to L2 takes as long as several products.
+  constexpr int kMost = kOperands == kF32 ? 4 : 8 / NT;
+  constexpr int kAhead = !States::kPublished ? 1 : RT < kMost ? RT : kMost;
+  static_assert(RT % kAhead == 0);
+  Words state[kAhead][NT] = {};
+  const auto add = [&](int slot, int j, const auto& weight) {
+    if constexpr (kOperands == kF32) {
+      int stride;
+      const char* rows = states.in_shared_memory(j, state[slot], stride);
+      sums.add(weight, rows, stride);
+    } else {
+      sums.add(slot, weight, state[slot]);
+    }
+    if (j + kAhead < weights.chunks) states.fetch(j + kAhead, state[slot]);
+  };
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i)
+    if (i < weights.chunks) states.fetch(i, state[i]);
+#pragma unroll
+  for (int first = 0; first < RT; first += kAhead) {
+    if (first < weights.chunks) states.wait(first, state);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i)
+      if (first + i < weights.chunks)
+        add(i, first + i, [&](int mt, int m) { return weights.kept[first + i][mt][m]; });
+  }
+  for (int first = RT; first < weights.chunks; first += kAhead) {
+    states.wait(first, state);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i)
+      if (first + i < weights.chunks)
+        add(i, first + i, [&](int mt, int m) { return weights.load_rest(first + i, mt, m); });
+  }
+}
+
+}  // namespace fused_lstm::cuda

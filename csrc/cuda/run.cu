@@ -1,0 +1,155 @@
+// One pass of the persistent path: what each launch needs, and in what order.
+#include <algorithm>
+
+#include "launch.cuh"
+#include "persistent.cuh"
+
+namespace fused_lstm::cuda {
+namespace {
+
+size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+Tiling tiling_of(const Plan& plan, int H) {
+  Tiling t{};
+  t.slices = plan.slices;
+  t.groups = plan.groups;
+  t.tile_rows = plan.tile_rows;
+  t.tiles = plan.tiles;
+  t.warps_m = plan.warps_m;
+  t.warps_k = plan.warps_k;
+  t.row_tiles = row_tiles(plan);
+  t.chunks = plan.chunks;
+  t.padded = padded_units(plan.operands, H);
+  t.columns = plan.pass == kForward ? H : 4 * t.padded;
+  t.all_chunks = (t.columns * element_bytes(plan.operands) + 63) / 64;
+  t.partials = plan.partials;
+  t.bias = plan.bias;
+  t.cell = plan.cell;
+  t.states = plan.states;
+  t.state_stride = plan.state_stride;
+  return t;
+}
+
+// Bytes of a row of h as blocks of a team exchange it: whole loads of 16 bytes.
+int states_stride(const Plan& plan, int H) {
+  return (H * element_bytes(plan.operands) + 15) / 16 * 16;
+}
+
+size_t weights_bytes(const Plan& plan) { return aligned(packed_words(plan) * sizeof(Words)); }
+
+size_t states_bytes(const Plan& plan, const Extent& extent) {
+  if (plan.alone || plan.pass == kBackward) return 0;
+  return aligned((extent.B + extent.N) * size_t(states_stride(plan, extent.H)));
+}
+
+template <Operands kOperands>
+int resident(const Plan& plan) {
+  return plan.pass == kForward ? resident_forward<kOperands>(plan)
+                               : resident_backward<kOperands>(plan);
+}
+
+int resident(const Plan& plan) {
+  switch (plan.operands) {
+    case kBf16:
+      return resident<kBf16>(plan);
+    case kF16:
+      return resident<kF16>(plan);
+    case kTf32:
+      return resident<kTf32>(plan);
+    default:
+      return resident<kF32>(plan);
+  }
+}
+
+const char* launch_persistent(const Plan& plan, const ForwardParams& params, Stream stream) {
+  switch (plan.operands) {
+    case kBf16:
+      return launch_forward<kBf16>(plan, params, stream);
+    case kF16:
+      return launch_forward<kF16>(plan, params, stream);
+    case kTf32:
+      return launch_forward<kTf32>(plan, params, stream);
+    default:
+      return launch_forward<kF32>(plan, params, stream);
+  }
+}
+
+const char* launch_persistent(const Plan& plan, const BackwardParams& params, Stream stream) {
+  switch (plan.operands) {
+    case kBf16:
+      return launch_backward<kBf16>(plan, params, stream);
+    case kF16:
+      return launch_backward<kF16>(plan, params, stream);
+    case kTf32:
+      return launch_backward<kTf32>(plan, params, stream);
+    default:
+      return launch_backward<kF32>(plan, params, stream);
+  }
+}
+
+constexpr int kEmpty = 0xff;  // each byte of kNotYet
+
+}  // namespace
+
+Plan choose(Pass pass, Operands operands, int T, int B, int H, int directions) {
+  Device device{};
+  if (const char* error = properties(device)) {
+    Plan none{};
+    none.reason = error;
+    return none;
+  }
+  Plan p = plan(device, pass, operands, T, B, H, directions);
+  if (p.persistent && !p.alone && resident(p) * device.multiprocessors < p.blocks()) {
+    p.persistent = false;
+    p.reason = "the device does not hold " + std::to_string(p.blocks()) + " blocks at once";
+  }
+  return p;
+}
+
+size_t workspace_bytes(const Plan& plan, const Extent& extent) {
+  return plan.directions * (weights_bytes(plan) + states_bytes(plan, extent));
+}
+
+const char* run(const Plan& plan, const Forward& call, void* workspace, Stream stream) {
+  ForwardParams params{};
+  params.extent = call.extent;
+  params.tiling = tiling_of(plan, call.extent.H);
+  params.states_stride = states_stride(plan, call.extent.H);
+  params.save = call.save;
+  char* free = static_cast<char*>(workspace);
+  for (int d = 0; d < plan.directions; ++d) {
+    ForwardTask& task = params.direction[d];
+    task.given = call.direction[d];
+    task.weights = reinterpret_cast<Words*>(free);
+    free += weights_bytes(plan);
+    task.states = free;
+    const size_t bytes = states_bytes(plan, call.extent);
+    free += bytes;
+    const size_t h_0 = size_t(call.extent.B) * params.states_stride;
+    if (bytes > 0)
+      if (const char* error = fill(task.states + h_0, kEmpty, bytes - h_0, stream)) return error;
+  }
+  if (const char* error = pack_forward(plan, params, stream)) return error;
+  return launch_persistent(plan, params, stream);
+}
+
+const char* run(const Plan& plan, const Backward& call, void* workspace, Stream stream) {
+  BackwardParams params{};
+  params.extent = call.extent;
+  params.tiling = tiling_of(plan, call.extent.H);
+  char* free = static_cast<char*>(workspace);
+  const size_t row = size_t(4) * params.tiling.padded * element_bytes(plan.operands);
+  for (int d = 0; d < plan.directions; ++d) {
+    BackwardTask& task = params.direction[d];
+    task.given = call.direction[d];
+    task.weights = reinterpret_cast<Words*>(free);
+    free += weights_bytes(plan);
+    if (plan.alone) continue;
+    if (const char* error = fill(task.given.dgates, kEmpty, call.extent.N * row, stream))
+      return error;
+  }
+  if (const char* error = pack_backward(plan, params, stream)) return error;
+  return launch_persistent(plan, params, stream);
+}
+
+}  // namespace fused_lstm::cuda

@@ -1,0 +1,265 @@
+// The kernels without a product of their own: the cell of the step path, and what moves rows.
+// One thread an element, whatever the shape; all of them are bound by memory or by their launch.
+
+#include <algorithm>
+
+#include "activations.cuh"
+#include "kernels.h"
+#include "launch.cuh"
+#include "storage.cuh"
+
+namespace fused_lstm::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kMostBlocks = 8192;  // beyond it, threads take several elements
+
+// How a dtype is stored and calculated with; kFast: results are rounded to 16 bits anyway.
+template <Dtype>
+struct Element;
+template <>
+struct Element<kFloat32> : Storage<kF32> {
+  using Wide = float;
+  static constexpr bool kFast = false;
+};
+template <>
+struct Element<kBFloat16> : Storage<kBf16> {
+  using Wide = float;
+  static constexpr bool kFast = true;
+};
+template <>
+struct Element<kFloat16> : Storage<kF16> {
+  using Wide = float;
+  static constexpr bool kFast = true;
+};
+template <>
+struct Element<kFloat64> {
+  using Type = double;
+  using Wide = double;
+  static constexpr bool kFast = false;
+  FUSED_LSTM_DEVICE static double load(double value) { return value; }
+  FUSED_LSTM_DEVICE static double store(double value) { return value; }
+};
+
+// The elements of (rows, columns) that this thread takes: element at = row * columns + column.
+struct Walker {
+  int64_t at, columns, end;
+
+  FUSED_LSTM_DEVICE Walker(int64_t rows, int64_t width)
+      : at(int64_t(block_index()) * kThreads + thread_index()), columns(width), end(rows * width) {}
+  FUSED_LSTM_DEVICE bool more() const { return at < end; }
+  FUSED_LSTM_DEVICE void next() { at += int64_t(block_count()) * kThreads; }
+  FUSED_LSTM_DEVICE int64_t row() const { return at / columns; }
+};
+
+// An array of E's, read and written in the type that is calculated in.
+template <class E>
+struct Reader {
+  const typename E::Type* at;
+
+  FUSED_LSTM_DEVICE explicit Reader(const void* data)
+      : at(static_cast<const typename E::Type*>(data)) {}
+  FUSED_LSTM_DEVICE explicit operator bool() const { return at != nullptr; }
+  FUSED_LSTM_DEVICE typename E::Wide operator[](int64_t index) const { return E::load(at[index]); }
+};
+
+template <class E>
+FUSED_LSTM_DEVICE void write(void* data, int64_t index, typename E::Wide value) {
+  static_cast<typename E::Type*>(data)[index] = E::store(value);
+}
+
+template <class E>
+FUSED_LSTM_KERNEL(kThreads)
+forward_step_kernel(FUSED_LSTM_PARAMS(ForwardStep) step) {
+  using Wide = typename E::Wide;
+  const int64_t H = step.H;
+  const Reader<E> gates(step.gates), bias_ih(step.bias_ih), bias_hh(step.bias_hh);
+  Wide* const c_state = static_cast<Wide*>(step.c);
+  for (Walker w(step.rows, H); w.more(); w.next()) {
+    const int64_t row = w.row(), unit = w.at - row * H;
+    Wide gate[4];
+    for (int k = 0; k < 4; ++k) {
+      gate[k] = gates[row * 4 * H + k * H + unit];
+      if (bias_ih) gate[k] += bias_ih[k * H + unit] + bias_hh[k * H + unit];
+      gate[k] = k == 2 ? tanh<E::kFast>(gate[k]) : sigmoid<E::kFast>(gate[k]);
+    }
+    const Wide c = gate[1] * c_state[w.at] + gate[0] * gate[2];
+    const Wide h = gate[3] * tanh<E::kFast>(c);
+    c_state[w.at] = c;
+    write<E>(step.h, row * step.h_stride + unit, h);
+    if (step.h_again) write<E>(step.h_again, w.at, h);
+    if (!step.save) continue;
+    write<E>(step.cells, w.at, c);
+    for (int k = 0; k < 4; ++k) write<E>(step.gates, row * 4 * H + k * H + unit, gate[k]);
+  }
+}
+
+template <class E>
+FUSED_LSTM_KERNEL(kThreads)
+backward_step_kernel(FUSED_LSTM_PARAMS(BackwardStep) step) {
+  using Wide = typename E::Wide;
+  const int64_t H = step.H;
+  const Reader<E> gates(step.gates), cells(step.cells), before(step.cells_before), c_0(step.c_0),
+      grad_output(step.grad_output), grad_h(step.dh);
+  Wide* const dc_state = static_cast<Wide*>(step.dc);
+  for (Walker w(step.rows, H); w.more(); w.next()) {
+    const int64_t row = w.row(), unit = w.at - row * H, first = row * 4 * H + unit;
+    const Wide i = gates[first], f = gates[first + H], g = gates[first + 2 * H],
+               o = gates[first + 3 * H];
+    const Wide tanh_c = tanh<E::kFast>(cells[w.at]);
+    const Wide c_before = row < step.rows_before ? before[w.at] : c_0[w.at];
+    Wide dh = 0;
+    if (grad_output) dh += grad_output[row * step.grad_output_stride + unit];
+    if (grad_h) dh += grad_h[w.at];
+    const Wide dc = dc_state[w.at] + dh * o * (1 - tanh_c * tanh_c);
+    dc_state[w.at] = dc * f;
+    write<E>(step.dgates, first, dc * g * i * (1 - i));
+    write<E>(step.dgates, first + H, dc * c_before * f * (1 - f));
+    write<E>(step.dgates, first + 2 * H, dc * i * (1 - g * g));
+    write<E>(step.dgates, first + 3 * H, dh * tanh_c * o * (1 - o));
+    if (step.hidden) write<E>(step.hidden, w.at, o * tanh_c);
+  }
+}
+
+template <class E>
+FUSED_LSTM_KERNEL(kThreads)
+sum_kernel(FUSED_LSTM_PARAMS(Sum) call) {
+  const Reader<E> a(call.a), b(call.b);
+  for (Walker w(call.rows, call.columns); w.more(); w.next()) {
+    const int64_t row = w.row(), column = w.at - row * call.columns;
+    typename E::Wide sum = 0;
+    if (a) sum = a[row * call.a_stride + column];
+    if (b) sum = a ? sum + b[w.at] : b[w.at];
+    write<E>(call.sum, row * call.sum_stride + column, sum);
+  }
+}
+
+// The last of the steps' first `count`, in time, for which this holds; it holds for the first.
+template <class Holds>
+FUSED_LSTM_DEVICE int last_step(int count, Holds holds) {
+  int low = 0, high = count;  // it holds for low, not for high
+  while (high - low > 1) {
+    const int middle = low + (high - low) / 2;
+    (holds(middle) ? low : high) = middle;
+  }
+  return low;
+}
+
+template <class Type>
+FUSED_LSTM_KERNEL(kThreads)
+previous_states_kernel(FUSED_LSTM_PARAMS(PreviousStates) call) {
+  const Rows* const steps = call.extent.steps;
+  const Type* const output = static_cast<const Type*>(call.output);
+  const Type* const h_0 = static_cast<const Type*>(call.h_0);
+  for (Walker w(call.extent.N, call.P); w.more(); w.next()) {
+    const int64_t row = w.row(), column = w.at - row * call.P;
+    const int t = last_step(call.extent.T, [&](int step) { return steps[step].first <= row; });
+    const int64_t b = row - steps[t].first;
+    const int before = call.reverse ? t + 1 : t - 1;
+    const bool begun = before >= 0 && before < call.extent.T && b < steps[before].count;
+    static_cast<Type*>(call.previous)[w.at] =
+        begun ? output[(steps[before].first + b) * call.output_stride + column]
+              : h_0[b * call.P + column];
+  }
+}
+
+template <class Type>
+FUSED_LSTM_KERNEL(kThreads)
+last_rows_kernel(FUSED_LSTM_PARAMS(LastRows) call) {
+  const Rows* const steps = call.extent.steps;
+  for (Walker w(call.extent.B, call.columns); w.more(); w.next()) {
+    const int64_t b = w.row(), column = w.at - b * call.columns;
+    const int t = last_step(call.extent.T, [&](int step) { return b < steps[step].count; });
+    static_cast<Type*>(call.last)[w.at] =
+        static_cast<const Type*>(call.rows)[(steps[t].first + b) * call.columns + column];
+  }
+}
+
+// As many steps as fit into 4 KB of kernel arguments, which every CUDA takes.
+struct Upload {
+  static constexpr int kSteps = 500;
+  Rows* to;
+  int count;
+  Rows steps[kSteps];
+};
+
+FUSED_LSTM_KERNEL(kThreads)
+upload_kernel(FUSED_LSTM_PARAMS(Upload) call) {
+  for (int index = thread_index(); index < call.count; index += kThreads)
+    call.to[index] = call.steps[index];
+}
+
+// run(Element<dtype>())
+template <class Run>
+const char* with_element(Dtype dtype, Run run) {
+  switch (dtype) {
+    case kFloat32:
+      return run(Element<kFloat32>());
+    case kFloat64:
+      return run(Element<kFloat64>());
+    case kBFloat16:
+      return run(Element<kBFloat16>());
+    default:
+      return run(Element<kFloat16>());
+  }
+}
+
+template <class Params>
+const char* launch_elements(void (*kernel)(Params), int64_t elements, Stream stream,
+                            const Params& params) {
+  if (elements == 0) return nullptr;
+  const int64_t blocks = std::min<int64_t>((elements + kThreads - 1) / kThreads, kMostBlocks);
+  return launch(kernel, Grid{int(blocks), kThreads, 0, false}, stream, params);
+}
+
+}  // namespace
+
+const char* run(const ForwardStep& step, Stream stream) {
+  return with_element(step.dtype, [&](auto element) {
+    return launch_elements(forward_step_kernel<decltype(element)>, step.rows * step.H, stream,
+                           step);
+  });
+}
+
+const char* run(const BackwardStep& step, Stream stream) {
+  return with_element(step.dtype, [&](auto element) {
+    return launch_elements(backward_step_kernel<decltype(element)>, step.rows * step.H, stream,
+                           step);
+  });
+}
+
+const char* run(const Sum& call, Stream stream) {
+  return with_element(call.dtype, [&](auto element) {
+    return launch_elements(sum_kernel<decltype(element)>, call.rows * call.columns, stream, call);
+  });
+}
+
+const char* run(const PreviousStates& call, Stream stream) {
+  return with_element(call.dtype, [&](auto element) {
+    using Type = typename decltype(element)::Type;
+    return launch_elements(previous_states_kernel<Type>, call.extent.N * call.P, stream, call);
+  });
+}
+
+const char* run(const LastRows& call, Stream stream) {
+  return with_element(call.dtype, [&](auto element) {
+    using Type = typename decltype(element)::Type;
+    return launch_elements(last_rows_kernel<Type>, call.extent.B * call.columns, stream, call);
+  });
+}
+
+const char* upload(const Rows* steps, int32_t T, Rows* device_steps, Stream stream) {
+  Upload call;
+  for (int32_t t = 0; t < T; t += Upload::kSteps) {
+    call.to = device_steps + t;
+    call.count = std::min(Upload::kSteps, T - t);
+    std::copy_n(steps + t, call.count, call.steps);
+    if (const char* error = launch(upload_kernel, Grid{1, kThreads, 0, false}, stream, call))
+      return error;
+  }
+  return nullptr;
+}
+
+bool usable() { return resident_blocks(upload_kernel, Grid{1, kThreads, 0, false}) > 0; }
+
+}  // namespace fused_lstm::cuda

@@ -1,0 +1,238 @@
+// The operators' calls, unpacked and checked once for every backend. A backend writes
+//   Results forward(const ForwardCall&);  LayerGradients backward(const BackwardCall&);
+// and registers Operators<forward, backward>.
+#pragma once
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/List.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "layer.h"
+#include "lstm.h"
+
+namespace fused_lstm {
+
+inline Dtype dtype_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return kFloat32;
+    case at::kDouble:
+      return kFloat64;
+    case at::kBFloat16:
+      return kBFloat16;
+    case at::kHalf:
+      return kFloat16;
+    default:
+      TORCH_CHECK(false,
+                  "fused_lstm: the kernels take float32, float64, bfloat16 and float16, got ",
+                  t.scalar_type(), ": use backend(\"reference\")");
+  }
+}
+
+inline at::Tensor dense_rows(const at::Tensor& t) {
+  return !t.defined() || t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous();
+}
+
+inline at::Tensor contiguous(const at::Tensor& t) { return t.defined() ? t.contiguous() : t; }
+
+// (directions, ...) buffers: the part of direction d, null where there is none.
+inline void* part(const at::Tensor& t, int64_t d) {
+  return t.defined() ? static_cast<char*>(t.data_ptr()) + d * t.stride(0) * t.element_size()
+                     : nullptr;
+}
+
+// (rows, D * P) tensors: from `column` on.
+inline void* columns(const at::Tensor& t, int64_t column) {
+  return t.defined() ? static_cast<char*>(t.data_ptr()) + column * t.element_size() : nullptr;
+}
+
+inline void* data(const at::Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
+
+inline at::Tensor value(const std::optional<at::Tensor>& t) { return t.value_or(at::Tensor()); }
+
+inline Sequence sequence_of(const Layer& layer, int64_t d) {
+  return {layer.T,
+          layer.B,
+          layer.I,
+          layer.H,
+          layer.P,
+          layer.packed ? layer.batch_sizes.data() : nullptr,
+          layer.packed ? layer.offsets.data() : nullptr,
+          d == 1,
+          layer.projected};
+}
+
+// What both passes take: the weights and states are contiguous, the input's last dimension is
+// dense.
+struct LayerCall {
+  Layer layer;
+  Dtype dtype;
+  at::TensorOptions options;
+  at::Tensor input, h_0, c_0;
+
+  LayerCall(const at::Tensor& given, const std::optional<at::Tensor>& batch_sizes,
+            const at::Tensor& given_h_0, const at::Tensor& given_c_0, at::TensorList weights)
+      : layer(given, batch_sizes, given_h_0, given_c_0, weights),
+        dtype(dtype_of(given)),
+        options(given.options()),
+        input(dense_rows(given)),
+        h_0(given_h_0.contiguous()),
+        c_0(given_c_0.contiguous()) {
+    for (Weights& w : layer.weights)
+      w = {contiguous(w.ih), contiguous(w.hh), contiguous(w.bias_ih), contiguous(w.bias_hh),
+           contiguous(w.hr)};
+  }
+
+  // Of the output: the input's, but for the last dimension.
+  std::vector<int64_t> output_shape() const {
+    std::vector<int64_t> shape = input.sizes().vec();
+    shape.back() = layer.directions * layer.P;
+    return shape;
+  }
+};
+
+struct ForwardCall : LayerCall {
+  bool save;  // gates and cells, for the backward
+
+  ForwardCall(const at::Tensor& input, const std::optional<at::Tensor>& batch_sizes,
+              const at::Tensor& h_0, const at::Tensor& c_0, at::TensorList weights, bool wanted)
+      : LayerCall(input, batch_sizes, h_0, c_0, weights), save(wanted) {}
+};
+
+struct Results {
+  at::Tensor output, h_n, c_n;
+  at::Tensor gates, cells;  // undefined where not saved
+
+  // Uninitialised, from allocate(shape, options).
+  template <class Allocate>
+  Results(const ForwardCall& call, const Allocate& allocate) {
+    const Layer& layer = call.layer;
+    output = allocate(call.output_shape(), call.options);
+    h_n = at::empty(call.h_0.sizes(), call.options);
+    c_n = at::empty(call.c_0.sizes(), call.options);
+    if (!call.save) return;
+    gates = allocate({layer.directions, layer.N, 4 * layer.H}, call.options);
+    cells = allocate({layer.directions, layer.N, layer.H}, call.options);
+  }
+};
+
+struct BackwardCall : LayerCall {
+  at::Tensor grad_output, grad_h_n, grad_c_n;  // undefined: zero
+  at::Tensor output, gates, cells;
+  std::vector<at::Tensor> flat_weights;
+  std::vector<bool> needs;  // input, h_0, c_0, then the weights
+  int64_t each;             // weights of a direction
+
+  BackwardCall(const std::optional<at::Tensor>& given_grad_output,
+               const std::optional<at::Tensor>& given_grad_h_n,
+               const std::optional<at::Tensor>& given_grad_c_n, const at::Tensor& input,
+               const std::optional<at::Tensor>& batch_sizes, const at::Tensor& h_0,
+               const at::Tensor& c_0, at::TensorList weights, const at::Tensor& given_output,
+               const at::Tensor& given_gates, const at::Tensor& given_cells,
+               const c10::List<bool>& given_needs)
+      : LayerCall(input, batch_sizes, h_0, c_0, weights),
+        grad_output(dense_rows(value(given_grad_output))),
+        grad_h_n(contiguous(value(given_grad_h_n))),
+        grad_c_n(contiguous(value(given_grad_c_n))),
+        output(given_output.contiguous()),
+        gates(given_gates.contiguous()),
+        cells(given_cells.contiguous()),
+        flat_weights(weights.vec()),
+        needs(given_needs.begin(), given_needs.end()),
+        each(int64_t(weights.size()) / layer.directions) {
+    TORCH_CHECK(needs.size() == 3 + weights.size(),
+                "fused_lstm: needs must say it for input, h_0, c_0 and each of ", weights.size(),
+                " weights, got ", needs.size());
+    const int64_t D = layer.directions;
+    Layer::check(output, "output", output_shape(), input);
+    Layer::check(gates, "gates", {D, layer.N, 4 * layer.H}, input);
+    Layer::check(cells, "cells", {D, layer.N, layer.H}, input);
+    if (grad_output.defined()) Layer::check(grad_output, "grad_output", output_shape(), input);
+    if (grad_h_n.defined()) Layer::check(grad_h_n, "grad_h_n", h_0.sizes(), input);
+    if (grad_c_n.defined()) Layer::check(grad_c_n, "grad_c_n", c_0.sizes(), input);
+  }
+
+  // Whether direction d's weight number w, in Weights' order of those present, wants a gradient.
+  bool needs_weight(int64_t d, int64_t w) const { return needs[3 + d * each + w]; }
+};
+
+struct LayerGradients {
+  at::Tensor input, h_0, c_0;
+  std::vector<at::Tensor> weights;
+
+  // from make(shape, options) where they are wanted, otherwise empty (0,).
+  template <class Make>
+  LayerGradients(const BackwardCall& call, const Make& make) {
+    size_t index = 0;
+    const auto gradient = [&](const at::Tensor& of) {
+      return call.needs[index++] ? make(of.sizes(), call.options) : at::empty({0}, call.options);
+    };
+    input = gradient(call.input);
+    h_0 = gradient(call.h_0);
+    c_0 = gradient(call.c_0);
+    for (const at::Tensor& weight : call.flat_weights) weights.push_back(gradient(weight));
+  }
+};
+
+template <Results (*forward)(const ForwardCall&), LayerGradients (*backward)(const BackwardCall&)>
+struct Operators {
+  using Optional = std::optional<at::Tensor>;
+
+  static std::tuple<at::Tensor, at::Tensor, at::Tensor> lstm_inference(const at::Tensor& input,
+                                                                       const Optional& batch_sizes,
+                                                                       const at::Tensor& h_0,
+                                                                       const at::Tensor& c_0,
+                                                                       at::TensorList weights) {
+    const BelowAutograd guard;
+    Results r = run({input, batch_sizes, h_0, c_0, weights, false});
+    return {r.output, r.h_n, r.c_n};
+  }
+
+  static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> lstm_forward(
+      const at::Tensor& input, const Optional& batch_sizes, const at::Tensor& h_0,
+      const at::Tensor& c_0, at::TensorList weights) {
+    const BelowAutograd guard;
+    Results r = run({input, batch_sizes, h_0, c_0, weights, true});
+    return {r.output, r.h_n, r.c_n, r.gates, r.cells};
+  }
+
+  static std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> lstm_backward(
+      const Optional& grad_output, const Optional& grad_h_n, const Optional& grad_c_n,
+      const at::Tensor& input, const Optional& batch_sizes, const at::Tensor& h_0,
+      const at::Tensor& c_0, at::TensorList weights, const at::Tensor& output,
+      const at::Tensor& gates, const at::Tensor& cells, c10::List<bool> needs) {
+    const BelowAutograd guard;
+    const BackwardCall call(grad_output, grad_h_n, grad_c_n, input, batch_sizes, h_0, c_0, weights,
+                            output, gates, cells, needs);
+    LayerGradients grads = call.layer.N > 0 ? backward(call) : LayerGradients(call, no_rows_sum);
+    return {grads.input, grads.h_0, grads.c_0, std::move(grads.weights)};
+  }
+
+  static void implement(torch::Library& m) {
+    m.impl("lstm_inference", &lstm_inference);
+    m.impl("lstm_forward", &lstm_forward);
+    m.impl("lstm_backward", &lstm_backward);
+  }
+
+ private:
+  // Buffers are plain memory to what runs below: no autograd, no casting.
+  struct BelowAutograd {
+    at::AutoDispatchBelowADInplaceOrView below;
+    c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+  };
+
+  // No rows means no sequences: nothing runs, and a gradient is a sum of nothing.
+  static Results run(const ForwardCall& call) {
+    const auto empty = [](at::IntArrayRef shape, const at::TensorOptions& options) {
+      return at::empty(shape, options);
+    };
+    return call.layer.N > 0 ? forward(call) : Results(call, empty);
+  }
+  static at::Tensor no_rows_sum(at::IntArrayRef shape, const at::TensorOptions& options) {
+    return at::zeros(shape, options);
+  }
+};
+
+}  // namespace fused_lstm

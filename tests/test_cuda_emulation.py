@@ -1,0 +1,458 @@
+"""The CUDA kernels and their host code, executed without a GPU: csrc/cuda on cuda_emulation/.
+
+As everywhere: float64 is the truth, nn.LSTM on the CPU in the tested dtype the yardstick. For tf32,
+which the CPU has not, the yardstick is PyTorch with operands rounded to it.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from cuda_emulation import library
+from cuda_emulation.library import POLICIES, Emulation
+from parity import Arguments, Options, arguments, assert_close, results
+from torch import Tensor, nn
+
+pytestmark = pytest.mark.skipif(library.why_not() is not None, reason=str(library.why_not()))
+OPERANDS = {
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+    "tf32": torch.float32,
+    "f32": torch.float32,
+    "f64": torch.float64,
+}
+
+
+@pytest.fixture(scope="module")
+def emulation(pytestconfig: pytest.Config) -> Emulation:
+    return library.kernels(library.folder_of(pytestconfig))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The products here are tiny, and the fibres run in one thread anyway."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """What torch allocates is not by chance zero, or the right result of the call before."""
+    perturb, libc = -6, ctypes.CDLL(None)  # M_PERTURB of glibc's malloc.h
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(perturb, 1)  # memory comes filled with 0xfe, and freed memory with 0x01
+    yield
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(perturb, 0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer on a device with so many multiprocessors."""
+
+    options: Options
+    multiprocessors: int = 4
+    persistent: bool = True
+
+    def __str__(self) -> str:
+        o = self.options
+        name = f"H{o.H}-T{o.T}-B{o.B}-{self.multiprocessors}SM"
+        for what, there in (
+            ("bidirectional", o.bidirectional),
+            ("packed", o.kind == "packed"),
+            ("no-bias", not o.bias),
+            ("no-hx", not o.given_hx),
+            (f"proj{o.proj_size}", o.proj_size),
+            ("steps", not self.persistent),
+        ):
+            name += f"-{what}" if there else ""
+        return name
+
+
+# --- one call -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def made(options: Options, operands: str) -> tuple[nn.LSTM, Arguments]:
+    dtype = OPERANDS[operands]
+    return options.lstm().to(dtype), arguments(options, dtype)
+
+
+def exact_of(lstm: nn.LSTM) -> nn.LSTM:
+    return copy.deepcopy(lstm).double()
+
+
+def inputs_of(lstm: nn.LSTM, args: Arguments) -> tuple[Any, ...]:
+    """What the operators take: input, batch_sizes, h_0, c_0, weights."""
+    hx = args.hx or tuple(torch.zeros_like(c) for c in args.cotangents[1:])
+    batch_sizes = args.layout.batch_sizes if args.layout is not None else None
+    weights = [parameter.detach() for parameter in lstm.parameters()]
+    return (args.input.detach(), batch_sizes, *(state.detach() for state in hx), weights)
+
+
+def run(
+    operands: str, lstm: nn.LSTM, args: Arguments, needs: Sequence[bool] | None = None
+) -> dict[str, Tensor]:
+    """As parity.results, by the emulated operators.."""
+    ops = torch.ops.fused_lstm_emulation
+    inputs = inputs_of(lstm, args)
+    with tf32(operands == "tf32"):
+        *outputs, gates, cells = ops.lstm_forward(*inputs)
+        *grads, of_weights = ops.lstm_backward(
+            *args.cotangents,
+            *inputs,
+            outputs[0],
+            gates,
+            cells,
+            needs or [True] * (3 + len(inputs[4])),
+        )
+    found = dict(zip(("output", "h_n", "c_n", "grad input"), [*outputs, grads[0]], strict=True))
+    for name, grad in zip(("grad h_0", "grad c_0"), grads[1:] if args.hx else (), strict=False):
+        found[name] = grad
+    names = [f"grad {name}" for name, _ in lstm.named_parameters()]
+    return found | dict(zip(names, of_weights, strict=True))
+
+
+def infer(operands: str, lstm: nn.LSTM, args: Arguments) -> dict[str, Tensor]:
+    with tf32(operands == "tf32"):
+        found = torch.ops.fused_lstm_emulation.lstm_inference(*inputs_of(lstm, args))
+    return dict(zip(("output", "h_n", "c_n"), found, strict=True))
+
+
+def assert_same_bits(found: dict[str, Tensor], other: dict[str, Tensor], what: object) -> None:
+    for name, tensor in found.items():
+        bits = [t.contiguous().view(torch.uint8) for t in (tensor, other[name])]
+        assert torch.equal(*bits), f"{name} has other bits: {what}"
+
+
+# --- yardsticks -----------------------------------------------------------------------------------
+
+
+def rounded(t: Tensor) -> Tensor:
+    """To tf32, ties away from zero."""
+    return ((t.detach().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+class Tf32Product(torch.autograd.Function):
+    """a b^T; the gradient of b exactly, as it comes from a product after the time loop."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return rounded(a) @ rounded(b).t()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        return rounded(grads[0]) @ rounded(b), grads[0].t() @ a
+
+
+class Tf32LSTM(nn.LSTM):
+    """One layer of nn.LSTM whose recurrent products have operands of tf32."""
+
+    def forward(self, input: Any, hx: Any = None) -> Any:  # type: ignore[override]
+        packed = isinstance(input, torch.nn.utils.rnn.PackedSequence)
+        rows = input.data if packed else input.flatten(0, 1)
+        sizes = input.batch_sizes.tolist() if packed else [input.shape[1]] * input.shape[0]
+        starts = [0, *itertools.accumulate(sizes)]
+        weights = list(self.parameters())
+        D = 2 if self.bidirectional else 1
+        if hx is None:
+            hx = [rows.new_zeros(D, sizes[0], self.hidden_size)] * 2
+        each, outputs, states = len(weights) // D, [], []
+        for d in range(D):
+            w_ih, w_hh, *biases = weights[d * each : (d + 1) * each]
+            h, c = hx[0][d], hx[1][d]
+            products = rows @ w_ih.t() + sum(biases)
+            parts: dict[int, Tensor] = {}
+            for t in range(len(sizes)) if d == 0 else reversed(range(len(sizes))):
+                n = sizes[t]
+                gates = products[starts[t] : starts[t + 1]] + Tf32Product.apply(h[:n], w_hh)
+                i, f, g, o = gates.chunk(4, 1)
+                c_t = f.sigmoid() * c[:n] + i.sigmoid() * g.tanh()
+                parts[t] = o.sigmoid() * c_t.tanh()
+                h, c = torch.cat((parts[t], h[n:])), torch.cat((c_t, c[n:]))
+            outputs.append(torch.cat([parts[t] for t in range(len(sizes))]))
+            states.append((h, c))
+        output = torch.cat(outputs, 1)
+        h_n, c_n = (torch.stack(state) for state in zip(*states, strict=True))
+        if packed:
+            return input._replace(data=output), (h_n, c_n)
+        return output.view(*input.shape[:2], -1), (h_n, c_n)
+
+
+def yardstick_of(operands: str, stock: nn.LSTM, args: Arguments) -> dict[str, Tensor]:
+    if operands == "tf32":
+        rounding = Tf32LSTM(
+            stock.input_size, stock.hidden_size, bias=stock.bias, bidirectional=stock.bidirectional
+        )
+        rounding.load_state_dict(stock.state_dict())
+        return results(rounding, args)
+    return results(stock, args)
+
+
+# --- the tests ------------------------------------------------------------------------------------
+
+
+def schedules(count: int, seed: int) -> list[tuple[int, str]]:
+    """Seeds and policies: random first, then the others in turn."""
+    others = itertools.cycle(POLICIES[1:])
+    chosen = [(seed, "random")] + [
+        (seed + n, next(others)) for n in range(1 + seed % (len(POLICIES) - 1), 99)
+    ]
+    return chosen[:count]
+
+
+def check(
+    emulation: Emulation, case: Case, operands: str, schedules: list[tuple[int, str]]
+) -> None:
+    """Right to the rule of parity.py under the first schedule, the same bits under the others."""
+    stock, args = made(case.options, operands)
+    truth = results(exact_of(stock), args.to(torch.float64))
+    yardstick = yardstick_of(operands, stock, args.to(OPERANDS[operands]))
+    found = None
+    for schedule in schedules:
+        print("schedule", schedule)
+        with emulation.device(case.multiprocessors), emulation.schedule(*schedule):
+            again = run(operands, stock, args)
+            assert emulation.persistent() == case.persistent
+        if found is None:
+            found = again
+            precision = torch.float16 if operands == "tf32" else None  # the same epsilon
+            assert_close(found, yardstick, truth, precision)
+        else:
+            assert_same_bits(again, found, schedule)
+    with emulation.device(case.multiprocessors), emulation.schedule(*schedules[-1]):
+        inferred = infer(operands, stock, args)
+    assert found
+    assert_same_bits(inferred, {name: found[name] for name in inferred}, "inference")
+
+
+CASES = [
+    # One block for each team.
+    Case(Options(H=1, T=7, B=1)),
+    Case(Options(H=3, T=4, B=9, bidirectional=True)),
+    Case(Options(H=17, T=5, B=3, kind="packed", bias=False)),
+    Case(Options(H=33, T=3, B=17, bidirectional=True, kind="packed")),
+    Case(Options(H=40, T=5, B=17, bidirectional=True, given_hx=False), multiprocessors=1),
+    Case(Options(H=128, T=4, B=9), multiprocessors=8),
+    # Teams of 9 blocks, which publish: one, one of two tiles of 16 rows, two or three.
+    Case(Options(H=129, T=5, B=3), multiprocessors=9),
+    Case(Options(H=130, T=4, B=17, kind="packed", bidirectional=True), multiprocessors=9),
+    Case(Options(H=129, T=4, B=9, kind="packed", bidirectional=True), multiprocessors=18),
+    Case(Options(H=140, T=4, B=17), multiprocessors=27),
+]
+
+
+@pytest.mark.parametrize("operands", ["bf16", "f16", "tf32", "f32"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_persistent_kernels(emulation: Emulation, case: Case, operands: str, seed: int) -> None:
+    chosen = schedules(5 if case.options.H < 129 else 3, seed + CASES.index(case))
+    check(emulation, case, operands, chosen)
+
+
+@pytest.mark.parametrize(("operands", "H"), [("f32", 400), ("bf16", 1040)])
+def test_weights_that_registers_do_not_hold(
+    emulation: Emulation, operands: str, H: int, seed: int
+) -> None:
+    case = Case(Options(H=H, T=3, B=3), multiprocessors=65)
+    check(emulation, case, operands, [(seed, "warp ahead")])
+
+
+@pytest.mark.parametrize("operands", ["bf16", "f16", "f32", "f64"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(Options(H=17, T=2, B=3, bidirectional=True), persistent=False),
+        Case(Options(H=129, T=4, B=3), multiprocessors=8, persistent=False),
+        Case(Options(H=33, T=3, B=65), multiprocessors=1, persistent=False),
+        Case(Options(H=17, T=5, B=9, proj_size=5, bidirectional=True), persistent=False),
+        Case(Options(H=9, T=5, B=9, proj_size=3, kind="packed", bias=False), persistent=False),
+    ],
+    ids=str,
+)
+def test_step_path(emulation: Emulation, case: Case, operands: str, seed: int) -> None:
+    check(emulation, case, operands, schedules(1, seed))
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[3]], ids=str)
+def test_step_path_in_float64(emulation: Emulation, case: Case, seed: int) -> None:
+    check(emulation, replace(case, persistent=False), "f64", schedules(1, seed))
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        {"cooperative": False, "multiprocessors": 9},
+        {"capability": (7, 5), "multiprocessors": 9},
+        {"shared_bytes": 4096, "multiprocessors": 9},
+    ],
+    ids=str,
+)
+def test_devices_without_what_teams_need(
+    emulation: Emulation, device: dict[str, Any], seed: int
+) -> None:
+    stock, args = made(Options(H=129, T=3, B=3), "f32")
+    truth = results(exact_of(stock), args.to(torch.float64))
+    with emulation.device(**device):
+        found = run("f32", stock, args)
+        assert not emulation.persistent()
+    assert_close(found, results(stock, args), truth)
+
+
+# --- NaN and infinity -----------------------------------------------------------------------------
+
+ALL_ONES = "the NaN whose bits say that a word is not yet published"
+POISONS = [
+    (where, what)
+    for where in ("input", "h_0", "c_0", "weight_hh_l0", "weight_ih_l0", "cotangent")
+    for what in ("nan", "inf", ALL_ONES)
+    if (where, what) != ("weight_hh_l0", "inf")  # 0 * inf, where rounding decides about the 0
+]
+
+
+@pytest.mark.parametrize("operands", ["bf16", "f16", "tf32", "f32"])
+@pytest.mark.parametrize(
+    "case", [Case(Options(H=17, T=4, B=9)), Case(Options(H=129, T=3, B=9), 18)], ids=str
+)
+def test_nan_and_infinity_pass(emulation: Emulation, case: Case, operands: str, seed: int) -> None:
+    stock, args = made(case.options, operands)
+    chosen = POISONS if case.options.H < 129 else POISONS[1::4]
+    for where, what in chosen:
+        module, poisoned = copy.deepcopy(stock), args.to(OPERANDS[operands])
+        assert poisoned.hx
+        target = {
+            "input": poisoned.input[1, 2],
+            "h_0": poisoned.hx[0][0, 3],
+            "c_0": poisoned.hx[1][0, 4],
+            "cotangent": poisoned.cotangents[0][2, 5],
+        }.get(where)
+        if target is None:
+            target = module.get_parameter(where).detach()[case.options.H // 2]
+        if what == ALL_ONES:
+            target[:1].view(torch.int16 if target.itemsize == 2 else torch.int32).fill_(-1)
+        else:
+            target[:1] = float(what)
+        truth = results(exact_of(module), poisoned.to(torch.float64))
+        yardstick = yardstick_of(operands, module, poisoned.to(OPERANDS[operands]))
+        with emulation.device(case.multiprocessors), emulation.schedule(seed):
+            found = run(operands, module, poisoned)
+            assert emulation.persistent()
+        print(where, what)
+        assert any(not tensor.isfinite().all() for tensor in found.values()) or where == "c_0"
+        for name, tensor in found.items():
+            for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+                assert torch.equal(kind(tensor), kind(truth[name])), (name, kind)
+        finite = [
+            {name: tensor.nan_to_num(0, 0, 0) for name, tensor in tensors.items()}
+            for tensors in (found, yardstick, truth)
+        ]
+        assert_close(*finite, torch.float16 if operands == "tf32" else None)
+
+
+# --- barriers -------------------------------------------------------------------------------------
+
+BARRIER_CASES = [
+    (Case(Options(H=33, T=4, B=9), 1), "bf16"),
+    (Case(Options(H=17, T=4, B=9), 1), "f32"),
+    (Case(Options(H=129, T=3, B=17), 9), "bf16"),
+    (Case(Options(H=129, T=3, B=9), 9), "f32"),
+]
+
+
+def test_every_barrier_is_needed(emulation: Emulation, seed: int) -> None:
+    """Without it some schedule gives other numbers or an error."""
+    calls = [(case, operands, *made(case.options, operands)) for case, operands in BARRIER_CASES]
+    right = []
+    for case, operands, stock, args in calls:
+        with emulation.device(case.multiprocessors):
+            right.append(run(operands, stock, args))
+    sites = sorted(emulation.barriers("block") | emulation.barriers("warp"))
+    assert {file for file, _ in sites} >= {"forward.cu", "backward.cu"}
+
+    def caught() -> str | None:
+        for schedule in schedules(2 * len(POLICIES), seed):
+            for (case, operands, stock, args), expected in zip(calls, right, strict=True):
+                with emulation.device(case.multiprocessors), emulation.schedule(*schedule):
+                    try:
+                        found = run(operands, stock, args)
+                        assert_same_bits(found, expected, "without the barrier")
+                    except (RuntimeError, AssertionError) as error:
+                        return f"{case} {operands} {schedule}: {str(error).splitlines()[0]}"
+        return None
+
+    superfluous = []
+    for file, line in sites:
+        with emulation.dropped(file, line):
+            how = caught()
+        print(f"{file}:{line}", how)
+        if how is None:
+            superfluous.append(f"{file}:{line}")
+    assert not superfluous
+    assert caught() is None
+
+
+# --- host code ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operands", ["bf16", "f32", "f64"])
+@pytest.mark.parametrize("kind", ["3-D", "packed"])
+def test_gradients_that_are_not_given_or_not_wanted(
+    emulation: Emulation, operands: str, kind: str
+) -> None:
+    stock, args = made(Options(H=17, T=4, B=3, bidirectional=True, kind=kind), operands)
+    names = ["input", "h_0", "c_0", *(name for name, _ in stock.named_parameters())]
+    for given in range(3):
+        cotangents = [c if n == given else None for n, c in enumerate(args.cotangents)]
+        zeros = [c if n == given else c * 0 for n, c in enumerate(args.cotangents)]
+        whole = run(operands, stock, replace(args, cotangents=tuple(zeros)))
+        for wanted in range(len(names)):
+            needs = [n == wanted for n in range(len(names))]
+            found = run(operands, stock, replace(args, cotangents=tuple(cotangents)), needs)
+            name = f"grad {names[wanted]}"
+            torch.testing.assert_close(found[name], whole[name], rtol=0, atol=0)
+            for other in set(names) - {names[wanted]}:
+                assert found[f"grad {other}"].shape == (0,)
+
+
+@pytest.mark.parametrize("operands", ["bf16", "f32", "f64"])
+def test_strides(emulation: Emulation, operands: str) -> None:
+    stock, args = made(Options(H=17, T=4, B=3), operands)
+    whole = run(operands, stock, args)
+
+    def strided(tensor: Tensor) -> Tensor:
+        return torch.stack((tensor, tensor), -1)[..., 0]
+
+    batch_first = [
+        tensor.transpose(0, 1).contiguous().transpose(0, 1)
+        for tensor in (args.input.detach(), args.cotangents[0])
+    ]
+    for input, cotangent in (batch_first, [strided(t) for t in batch_first]):
+        given = replace(args, input=input, cotangents=(cotangent, *args.cotangents[1:]))
+        assert_same_bits(run(operands, stock, given), whole, "strides")
+
+
+def test_a_launch_that_fails_is_an_error(emulation: Emulation) -> None:
+    """What the device says comes out of the operator as RuntimeError."""
+    stock, args = made(Options(H=17, T=4, B=3), "f32")
+    with emulation.device(shared_bytes=-1), pytest.raises(RuntimeError, match="invalid launch"):
+        run("f32", stock, args)
