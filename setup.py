@@ -2,11 +2,12 @@
 
 Two shared objects are built into the package's folder:
 
-- `libfused_lstm.so`: the operators and their kernels. It knows torch and nothing of Python.
+- `libfused_lstm.so`: the operators and their kernels. It knows torch and nothing of Python. Where
+  torch has CUDA and there is an nvcc, csrc/cuda is in it (python/cuda_toolkit.py).
 - `_C.<abi>.so`: csrc/module.cpp, what was built and what this processor offers (pybind11).
 
 Read from the environment: CXX, CPPFLAGS, CFLAGS, CXXFLAGS, LDFLAGS, MAX_JOBS;
-FUSED_LSTM_CUDA=0|1 (unset: where it can be built);
+FUSED_LSTM_CUDA=0|1 (unset: where it can be built), CUDA_HOME, CUDA_PATH, TORCH_CUDA_ARCH_LIST;
 FUSED_LSTM_SANITIZE=address|undefined|thread (one or more, with commas).
 """
 
@@ -18,7 +19,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -30,10 +30,16 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "python"))
+import cuda_toolkit  # noqa: E402
+from cuda_toolkit import Cuda, first_errors, run  # noqa: E402
+
 MACOS = sys.platform == "darwin"
 LIBRARY = "libfused_lstm.so"
 MODULE = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 TORCH_LIBRARIES = ["-ltorch_cpu", "-lc10"]
+TORCH_CUDA = ["-ltorch_cuda", "-lc10_cuda"]
+CUDA_SOURCES = Path("csrc/cuda")
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 KERNEL_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 # Where the compiler knows it: GCC would undo the interleaving that csrc/cpu/activations.h wants.
@@ -66,25 +72,6 @@ The build needs a C++20 compiler (g++ 11 or clang 14, or newer). To install one:
   Debian, Ubuntu: apt install g++        Fedora: dnf install gcc-c++
   macOS: xcode-select --install          conda: conda install gxx
 To name another: CXX=/path/to/compiler pip install ."""
-
-
-def first_errors(log: str, count: int = 3) -> str:
-    """The first lines of a compiler's output that name an error, indented."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [line for line in lines if re.search(r"error:|: undefined |cannot find|Killed", line)]
-    return "\n".join("  " + line for line in (errors or lines[-count:])[:count])
-
-
-def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Runs a command; what it says, in English, is in the result's stdout."""
-    return subprocess.run(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env={**os.environ, "LC_ALL": "C"},
-    )
 
 
 def flags_from_environment(*names: str) -> list[str]:
@@ -167,14 +154,34 @@ class Compiler:
         return flags, "yes"
 
 
-def cuda() -> str:
-    """Why there are no CUDA kernels; their sources and flags will come from here."""
+def find_cuda(torch: ModuleType, compiler: Compiler) -> tuple[Cuda | None, str]:
+    """What compiles csrc/cuda, or None; and "yes: for what" or "no: why".
+
+    Whether there is a GPU on this machine says nothing about those where the package will run.
+    """
     wanted = os.environ.get("FUSED_LSTM_CUDA", "")
     if wanted not in ("", "0", "1"):
         raise CompileError(f"FUSED_LSTM_CUDA is {wanted!r}; expected 0, 1 or nothing")
-    if wanted == "1":
-        raise CompileError("FUSED_LSTM_CUDA=1, but this version has no CUDA kernels yet: unset it")
-    return "no: FUSED_LSTM_CUDA=0" if wanted else "no: this version has no CUDA kernels yet"
+    if wanted == "0":
+        return None, "no: FUSED_LSTM_CUDA=0"
+    try:
+        if not list(CUDA_SOURCES.glob("*.cu")):
+            raise LookupError("this version has no CUDA kernels yet")
+        if not torch.version.cuda:
+            raise LookupError(f"torch {torch.__version__} is a build without CUDA")
+        # nvcc's host compiler is one program: of `ccache g++` it would take the first word.
+        ccbin = compiler.command[0] if len(compiler.command) == 1 else ""
+        # torch's CUDA headers include cuBLAS's and others, which need not be in the toolkit:
+        # NVIDIA's wheels beside torch have them.
+        beside = sorted(Path(torch.__file__).parents[1].glob("nvidia/*/include"))
+        cuda = cuda_toolkit.prepare(torch.version.cuda, sys.path, ccbin, beside)
+    except ValueError as error:
+        raise CompileError(str(error)) from error
+    except LookupError as why:
+        if wanted:
+            raise CompileError(f"FUSED_LSTM_CUDA=1, but {why}") from why
+        return None, f"no: {why}"
+    return cuda, f"yes: CUDA {cuda.toolkit.version}, {cuda.architectures}"
 
 
 def sanitizer_flags() -> list[str]:
@@ -228,9 +235,10 @@ class NinjaBuild(build_ext):
     def run(self) -> None:
         if sys.platform == "win32":
             raise CompileError("fused_lstm isn't supported on Windows; use WSL 2")
-        cuda_info, sanitize = cuda(), sanitizer_flags()
+        sanitize = sanitizer_flags()
         compiler = Compiler()
         torch, pybind11 = import_requirements()
+        cuda, cuda_info = find_cuda(torch, compiler)
         # One folder a torch and a sanitizer, so that changing between them rebuilds nothing.
         name = f"{sys.implementation.cache_tag}-torch-{torch.__version__}{''.join(sanitize[:1])}"
         self.folder = Path("build", name)
@@ -259,6 +267,7 @@ class NinjaBuild(build_ext):
             python_flags=[f"-isystem{pybind11.get_include()}", f"-isystem{python_include()}"],
             link_flags=["-shared", *(["-undefined", "dynamic_lookup"] if MACOS else []), *sanitize],
             torch_libraries=[*(f"-L{path}" for path in paths.library_paths()), *TORCH_LIBRARIES],
+            cuda=cuda,
         )
         self.run_ninja()
 
@@ -287,10 +296,12 @@ class NinjaBuild(build_ext):
         python_flags: list[str],
         link_flags: list[str],
         torch_libraries: list[str],
+        cuda: Cuda | None,
     ) -> None:
         from ninja.ninja_syntax import Writer
 
-        have = [f"-DFUSED_LSTM_HAVE_{name.upper()}" for name in sets]
+        names = [*sets, "cuda"] if cuda else sets
+        have = [f"-DFUSED_LSTM_HAVE_{name.upper()}" for name in names]
         kernel, module = Path("csrc/cpu/kernel.cpp"), Path("csrc/module.cpp")
         others = {*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")} - {kernel, module}
         soname = "-install_name,@rpath/" if MACOS else "-soname,"
@@ -312,6 +323,16 @@ class NinjaBuild(build_ext):
                 make("compile", f"{source}.o", [str(source)], [*common, *torch_flags, *have])
                 for source in sorted(others)
             ]
+            if cuda:
+                command = shlex.quote(str(cuda.toolkit.nvcc)).replace("$", "$$")
+                nvcc_command = f"{command} -MMD -MF $out.d $flags -c $in -o $out"
+                ninja.rule("nvcc", nvcc_command, depfile="$out.d", deps="gcc")
+                for name, source, defines in cuda_toolkit.kernel_objects(CUDA_SOURCES):
+                    objects.append(make("nvcc", name, [str(source)], [*cuda.flags, *defines]))
+                flags = [*common, *cuda.host_flags, *torch_flags, *have]
+                for source in sorted(CUDA_SOURCES.glob("*.cpp")):
+                    objects.append(make("compile", f"{source}.o", [str(source)], flags))
+                torch_libraries = [*torch_libraries, *TORCH_CUDA, cuda.toolkit.runtime()]
             # The order matters to the linker: of an inline function that several objects carry it
             # keeps the first, which must be one that every processor can run.
             for name, flags in sets.items():
@@ -321,7 +342,7 @@ class NinjaBuild(build_ext):
             flags = [*link_flags, f"-Wl,{soname}{LIBRARY}", *torch_libraries, *ldflags]
             library = make("link", LIBRARY, objects, flags)
 
-            flags = [*common, *python_flags, f"-I{self.folder}"]
+            flags = [*common, *python_flags, *have, f"-I{self.folder}"]
             objects = [make("compile", f"{module}.o", [str(module)], flags), library]
             make("link", MODULE, objects, [*link_flags, f"-Wl,-rpath,{origin}", *ldflags])
 
@@ -345,6 +366,8 @@ class NinjaBuild(build_ext):
         message += f"{first_errors(done.stdout)}\nThe full log: {log}\n"
         if "Killed" in done.stdout:
             message += "The compiler was killed, most likely for memory: try again with MAX_JOBS=1"
+        elif ".cu" in str(what):
+            message += "To build without CUDA: FUSED_LSTM_CUDA=0 pip install ."
         else:
             message += INSTALL_A_COMPILER
         raise CompileError(message)

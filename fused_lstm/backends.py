@@ -32,13 +32,12 @@ if _release(_C.build_info()["torch"]) != _release(torch.__version__):
         f"{torch.__version__}; run `pip install --force-reinstall --no-deps .` in its source folder"
     )
 
+from . import cuda  # noqa: E402  asks the compiled part at once
+
 KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 NAMES = ("cpu", "cuda", "triton", "reference")
 
-_UNAVAILABLE = {
-    "cuda": _C.build_info()["cuda"].removeprefix("no: "),
-    "triton": "this version has no Triton kernels yet",
-}
+_NO_TRITON = "this version has no Triton kernels yet"
 
 _forced: str | None = None  # read on every call, and guarded on by TorchDynamo
 
@@ -84,8 +83,8 @@ class backend:
         _forced = self._before
 
 
-def uses_kernels(input: Tensor, transformed: bool) -> bool:
-    """Whether the compiled operators serve this call; if not, the reference path does.
+def choose(input: Tensor, transformed: bool) -> str:
+    """The name of the backend that serves a call: the forced one, or the first that can.
 
     Args:
         input: the tensor of the call, in its compute dtype.
@@ -94,23 +93,31 @@ def uses_kernels(input: Tensor, transformed: bool) -> bool:
     Raises:
         RuntimeError: a backend is forced that can't serve the call.
     """
-    if _forced is None:
-        # `meta` needs only the shapes, which the operators know.
-        return (input.is_cpu or input.is_meta) and not transformed and input.dtype in KERNEL_DTYPES
-    if _forced == "reference":
-        return False
-    if _forced == "cpu":
-        if not (input.is_cpu or input.is_meta):
-            reason = f"it serves tensors on the CPU, and this one is on {input.device}"
-        elif input.dtype not in KERNEL_DTYPES:
-            reason = f"it does not serve {input.dtype}"
-        elif transformed:
-            reason = "torch.func transforms and forward-mode AD need the backend 'reference'"
-        else:
-            return True
-    else:
-        reason = _UNAVAILABLE[_forced]
+    for name in NAMES if _forced is None else (_forced,):
+        reason = _refusal(name, input, transformed)
+        if reason is None:
+            return name
     raise RuntimeError(f"the forced backend {_forced!r} can't serve this call: {reason}")
+
+
+def _refusal(name: str, input: Tensor, transformed: bool) -> str | None:
+    """Why a backend can't serve a call; None where it can."""
+    if name == "reference":
+        return None
+    reason: str | None = _NO_TRITON
+    if name == "cpu":
+        reason = None
+        if not (input.is_cpu or input.is_meta):  # `meta` needs only the shapes
+            reason = f"it serves tensors on the CPU, and this one is on {input.device}"
+    elif name == "cuda":
+        reason = cuda.refusal(input)
+    if reason is not None:
+        return reason
+    if input.dtype not in KERNEL_DTYPES:
+        return f"it does not serve {input.dtype}"
+    if transformed:
+        return "torch.func transforms and forward-mode AD need the backend 'reference'"
+    return None
 
 
 @dataclass(frozen=True)
@@ -164,8 +171,8 @@ def backends() -> Backends:
                 True,
                 f"CPU tensors in float32, float64, bfloat16 and float16, with {_C.cpu_isa()}",
             ),
-            Backend("cuda", False, _UNAVAILABLE["cuda"]),
-            Backend("triton", False, _UNAVAILABLE["triton"]),
+            Backend("cuda", *cuda.available()),
+            Backend("triton", False, _NO_TRITON),
             Backend(
                 "reference",
                 True,

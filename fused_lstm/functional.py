@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .backends import KERNEL_DTYPES, uses_kernels
+from .backends import KERNEL_DTYPES, choose
 from .ops import lstm_forward, lstm_inference, transform_under_way
 from .reference import lstm_layer
 
@@ -170,7 +170,7 @@ def _layer_function(
     """What computes one layer of this call."""
     # torch.library's autograd formulas give zero tangents under forward-mode AD and fail under
     # torch.func, so both take the reference path.
-    if not uses_kernels(input, forward_ad._current_level >= 0 or transform_under_way()):
+    if choose(input, forward_ad._current_level >= 0 or transform_under_way()) == "reference":
         return lstm_layer
     # torch.jit.trace compares its trace with one made without gradients, and wants the same.
     if (torch.is_grad_enabled() or torch.jit.is_tracing()) and (

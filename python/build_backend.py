@@ -2,11 +2,12 @@
 
 Build isolation would fetch another torch (gigabytes, and another ABI) than the one installed. So
 pyproject.toml requires nothing, and this backend asks for what the build needs: torch only where
-the environment that is installed into has none. The target's folder is *appended* to sys.path, so
-that the build environment's own setuptools, ninja and pybind11 win.
+the environment that is installed into has none, and NVIDIA's compiler where that torch has CUDA and
+this system has no nvcc. The target's folder is *appended* to sys.path, so that the build
+environment's own setuptools, ninja and pybind11 win.
 
-Looked for in this order: the folder that FUSED_LSTM_TORCH names; sys.path (all there is with
---no-build-isolation); this interpreter's site-packages (pip runs the isolated build with the
+torch is looked for in this order: the folder that FUSED_LSTM_TORCH names; sys.path (all there is
+with --no-build-isolation); this interpreter's site-packages (pip runs the isolated build with the
 target's interpreter, so it ends here); and for uv and `python -m build`, which run the build with
 an interpreter of their own, VIRTUAL_ENV, CONDA_PREFIX, the virtual environments on PATH, and .venv
 in this folder.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import importlib.machinery
 import logging
 import os
+import platform
 import re
 import shutil
 import site
@@ -26,8 +28,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cuda_toolkit
+
 ROOT = Path(__file__).resolve().parent.parent
 BUILD_REQUIRES = ["setuptools>=77.0.3", "ninja>=1.11", "pybind11>=2.13"]
+# nvvm and crt are named for pip to take those of the same version: ptxas refuses newer ones' code.
+NVCC_WHEELS = "cuda-toolkit[nvcc,nvvm,crt,cccl,cudart]=="
 OVERRIDE = "FUSED_LSTM_TORCH"
 
 
@@ -92,12 +98,21 @@ def misfit(folder: Path) -> str:
 
 
 def torch_version(folder: Path) -> str:
-    """The version of the torch in this folder, read and not imported."""
+    return torch_fact(folder, "__version__")
+
+
+def torch_fact(folder: Path, name: str) -> str:
+    """What the torch in this folder says of itself in torch/version.py, read and not imported.
+
+    Args:
+        folder: what holds the folder torch.
+        name: "__version__" or "cuda", which is as in "13.0" and empty in a build without CUDA.
+    """
     try:
         text = (folder / "torch" / "version.py").read_text(encoding="utf-8")
     except OSError:
         return ""
-    found = re.search(r"^__version__\s*=\s*['\"]([^'\"]+)", text, re.MULTILINE)
+    found = re.search(rf"^{name}\s*(?::[^=\n]*)?=\s*['\"]([^'\"]+)", text, re.MULTILINE)
     return found[1] if found else ""
 
 
@@ -134,15 +149,46 @@ def say(message: str) -> None:
 
 
 def requires() -> list[str]:
-    if find_torch():
-        return BUILD_REQUIRES
+    if folder := find_torch():
+        return [*BUILD_REQUIRES, *nvcc_requirement(folder)]
     say(
         f"no installed torch to build against was found: fetching {torch_requirement()} for the "
-        "build, the newest that the package index offers (the CUDA builds take gigabytes). To "
-        "build against an installed one, type its folder: "
+        "build, the newest that the package index offers (the CUDA builds take gigabytes; CUDA "
+        "kernels are then built only if this system has an nvcc). To build against an installed "
+        "one, type its folder: "
         f"{OVERRIDE}=/path/to/site-packages pip install ."
     )
     return [*BUILD_REQUIRES, torch_requirement()]
+
+
+def nvcc_requirement(folder: Path) -> list[str]:
+    """NVIDIA's wheels of nvcc, where the torch in this folder has CUDA and the system no nvcc."""
+    cuda = torch_fact(folder, "cuda")
+    if not cuda or os.environ.get("FUSED_LSTM_CUDA") == "0":
+        return []
+    try:
+        # The build will have the folders that sys.path has here, and torch's at its end.
+        toolkit = cuda_toolkit.find(cuda, [*sys.path, str(folder)])
+    except LookupError as why:
+        if not wheels_have_nvcc(cuda):
+            say(f"building without CUDA kernels, although torch has CUDA {cuda}: {why}")
+            return []
+        requirement = NVCC_WHEELS + ".".join(cuda.split(".")[:2]) + ".*"
+        say(
+            f"torch has CUDA {cuda}, and there is no nvcc to build kernels for it: {why}. Fetching "
+            f"NVIDIA's for the build, {requirement} (270 MB, removed afterwards). "
+            "To build for the CPU only, type: FUSED_LSTM_CUDA=0 pip install ."
+        )
+        return [requirement]
+    say(f"building CUDA kernels with {toolkit.nvcc}, CUDA {toolkit.version}")
+    return []
+
+
+def wheels_have_nvcc(cuda: str) -> bool:
+    """Whether NVIDIA publishes an nvcc as wheels for this version of CUDA and this machine."""
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+        return False
+    return release(cuda) >= (13,)
 
 
 def with_torch() -> None:

@@ -30,6 +30,13 @@ def pytest_report_header() -> list[str]:
     return [*lines, f"{Path(_C.__file__).parent}: {_C.cpu_isa()} of {', '.join(usable)}"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU visible"))
+
+
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """The seed of every test's random numbers; FUSED_LSTM_TEST_SEED sets another."""

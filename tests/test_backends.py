@@ -36,6 +36,17 @@ def test_automatic_choice() -> None:
     assert not by_kernels(FusedLSTM(4, 3, dtype=torch.complex64), X.to(torch.complex64))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not backends()["cuda"].available, reason=backends()["cuda"].detail)
+def test_automatic_choice_on_a_gpu() -> None:
+    lstm, x = FusedLSTM(4, 3, device="cuda"), X.cuda()
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        assert by_kernels(lstm.to(dtype), x.to(dtype))
+    with backend("reference"):
+        assert not by_kernels(lstm.float(), x)
+    assert not by_kernels(lstm.to(torch.complex64), x.to(torch.complex64))
+
+
 def test_forced() -> None:
     lstm = FusedLSTM(4, 3)
     with backend("reference"):
@@ -52,11 +63,13 @@ def test_forced() -> None:
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_forced_one_that_is_not_there(name: str) -> None:
+    line = backends()[name]
+    if line.available:
+        pytest.skip(f"{name} is there")
     lstm = FusedLSTM(4, 3)
     with backend(name), pytest.raises(RuntimeError) as error:
         lstm(X)
-    line = backends()[name]
-    assert not line.available and line.detail
+    assert line.detail
     assert str(error.value) == f"the forced backend '{name}' can't serve this call: {line.detail}"
 
 
@@ -79,7 +92,15 @@ def test_unknown_name() -> None:
 def test_table() -> None:
     table = backends()
     assert [line.name for line in table] == ["cpu", "cuda", "triton", "reference"]
-    assert [line.available for line in table] == [True, False, False, True]
+    assert table["cpu"].available and table["reference"].available
+    built = table.build["cuda"]
+    if not built.startswith("yes: "):
+        assert built == f"no: {table['cuda'].detail}" and not table["cuda"].available
+    elif not torch.cuda.is_available():
+        assert table["cuda"].detail == f"built for {built[5:]}, no GPU visible"
+        assert not table["cuda"].available
+    else:
+        assert torch.cuda.get_device_name() in table["cuda"].detail
     text = str(table)
     assert table.build["torch"] in text and "compiler" in text
     for name, supported in _C.cpu_isas():
@@ -88,6 +109,23 @@ def test_table() -> None:
             assert line.endswith("in use")
         else:
             assert ("no: this processor" in line) == (not supported)
+
+
+@pytest.mark.skipif(not hasattr(_C, "cuda_plan"), reason=_C.build_info()["cuda"])
+def test_plans() -> None:
+    """In words, of a GPU that need not be there: an H200, and one too old."""
+    h200, old = (132, 227 << 10, 9, 0), (80, 96 << 10, 7, 0)
+    for pass_ in ("forward", "backward"):
+        for operands in ("bfloat16", "float16", "tf32", "float32"):
+            plan = _C.cuda_plan(pass_, operands, 1024, 16, 256, device=h200)
+            assert plan.startswith("persistent: "), plan
+            plan = _C.cuda_plan(pass_, operands, 1024, 16, 256, 2, old)
+            assert "compute capability" in plan and not plan.startswith("persistent")
+    with pytest.raises(ValueError, match="'int8' is none of: bfloat16 float16 tf32 float32"):
+        _C.cuda_plan("forward", "int8", 1024, 16, 256, device=h200)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="GPU"):
+            _C.cuda_plan("forward", "float32", 1024, 16, 256)
 
 
 def test_command() -> None:

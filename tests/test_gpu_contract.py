@@ -1,0 +1,264 @@
+"""What holds on a GPU besides numbers: graphs, streams, the same bits, NaN and Inf, memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from gpu import DEVICE, kernels  # noqa: F401  the fixture
+from parity import DTYPES, Arguments, Options, arguments, call
+from torch import Tensor, nn
+
+from fused_lstm import FusedLSTM
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
+
+CASES = {
+    "one block": Options(I=17, H=96, T=20, B=5),
+    "one team": Options(I=65, H=768, T=20, B=16),
+    "packed": Options(I=33, H=257, T=20, B=17, kind="unsorted", bidirectional=True),
+    "projected": Options(I=17, H=65, T=9, B=5, proj_size=33, num_layers=2),
+    "two steps": Options(I=17, H=65, T=2, B=5),
+}
+every_case = pytest.mark.parametrize("name", CASES)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+def prepared(options: Options, dtype: torch.dtype) -> tuple[FusedLSTM, Arguments]:
+    lstm = FusedLSTM.from_torch(options.lstm().to(DEVICE, dtype))
+    args = arguments(options, dtype, DEVICE)
+    for tensor in (args.input, *(args.hx or ())):
+        tensor.requires_grad_()
+    return lstm, args
+
+
+def everything(module: nn.Module, args: Arguments) -> list[Tensor]:
+    """Outputs, states and all gradients, without touching .grad."""
+    outputs = call(module, args)
+    wanted = [args.input, *(args.hx or ()), *module.parameters()]
+    return [*outputs, *torch.autograd.grad(outputs, wanted, args.cotangents)]
+
+
+def assert_same_bits(found: list[Tensor], expected: list[Tensor]) -> None:
+    for index, (tensor, other) in enumerate(zip(found, expected, strict=True)):
+        assert torch.equal(tensor, other), index
+
+
+@every_dtype
+@every_case
+def test_captured_in_a_graph(name: str, dtype: torch.dtype) -> None:
+    """Forward and backward, replayed with other inputs: the bits of a call without a graph."""
+    lstm, args = prepared(CASES[name], dtype)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            everything(lstm, args)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = everything(lstm, args)
+    for _ in range(3):
+        with torch.no_grad():
+            args.input.copy_(torch.randn_like(args.input))
+        graph.replay()
+        assert_same_bits([tensor.clone() for tensor in captured], everything(lstm, args))
+
+
+@every_dtype
+@every_case
+def test_same_bits_again(name: str, dtype: torch.dtype) -> None:
+    """Whatever memory held before, and beside other work on the GPU."""
+    lstm, args = prepared(CASES[name], dtype)
+    expected = everything(lstm, args)
+    other = torch.cuda.Stream()
+    a = torch.randn(2048, 2048, device=DEVICE)
+    for fill in (float("nan"), 1e30, 0.0):
+        for size in (10, 1000, 100_000, 10_000_000):
+            torch.full((size,), fill, device=DEVICE)
+        with torch.cuda.stream(other):
+            for _ in range(5):
+                a @ a
+        assert_same_bits(everything(lstm, args), expected)
+
+
+@every_case
+def test_on_a_stream_of_its_own(name: str) -> None:
+    lstm, args = prepared(CASES[name], torch.float32)
+    expected = everything(lstm, args)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    found = []
+    for stream in streams:  # all at once: each call has scratch memory of its own
+        with torch.cuda.stream(stream):
+            found.append(everything(lstm, args))
+    torch.cuda.synchronize()
+    for results in found:
+        assert_same_bits(results, expected)
+
+
+@every_case
+def test_waits_for_what_its_stream_still_does(name: str) -> None:
+    lstm, args = prepared(CASES[name], torch.float32)
+    expected = everything(lstm, args)
+    with torch.no_grad():
+        true = args.input.clone()
+        args.input.zero_()
+        torch.cuda.synchronize()
+        a = torch.randn(4096, 4096, device=DEVICE)
+        for _ in range(5):
+            a @ a
+        args.input.copy_(true)
+    assert_same_bits(everything(lstm, args), expected)
+
+
+@pytest.mark.parametrize("index", [1])
+def test_on_another_device(index: int) -> None:
+    if torch.cuda.device_count() <= index:
+        pytest.skip("needs two GPUs")
+    lstm, args = prepared(CASES["one team"], torch.float32)
+    expected = everything(lstm, args)
+    found = everything(lstm.to(f"cuda:{index}"), args.to(torch.float32, f"cuda:{index}"))
+    for tensor, other in zip(found, expected, strict=True):
+        assert tensor.device.index == index
+        torch.testing.assert_close(tensor.to(DEVICE), other)
+
+
+@every_dtype
+@every_case
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["input", "h_0", "c_0"])
+def test_nan_and_inf_pass(name: str, dtype: torch.dtype, value: float, where: str) -> None:
+    """Through the sequence that has one, as in nn.LSTM; the others keep their bits, and no wait
+    inside the kernels takes one of them for something else."""
+    lstm, args = prepared(CASES[name], dtype)
+    assert args.hx is not None
+    clean = [tensor.detach().clone() for tensor in call(lstm, args)]
+    with torch.no_grad():
+        tensor = {"input": args.input, "h_0": args.hx[0], "c_0": args.hx[1]}[where]
+        # not packed: the first sequence; packed rows: some sequence
+        tensor.view(-1, tensor.shape[-1])[0, 0] = value
+    stock = CASES[name].lstm().to(DEVICE, dtype)
+    stock.load_state_dict(lstm.state_dict())
+    outputs, expected = call(lstm, args), call(stock, args)
+    for found, other in zip(outputs, expected, strict=True):
+        assert torch.equal(found.isnan(), other.isnan())
+    if CASES[name].num_layers == 1 and args.layout is None:
+        for found, before in zip(outputs, clean, strict=True):
+            assert torch.equal(found[:, 1:], before[:, 1:])
+    # and back
+    everything(lstm, args)
+    torch.cuda.synchronize()
+
+
+@every_dtype
+def test_backward_in_eval_mode(dtype: torch.dtype) -> None:
+    """Which cuDNN refuses."""
+    lstm, args = prepared(CASES["one team"], dtype)
+    expected = everything(lstm, args)
+    assert_same_bits(everything(lstm.eval(), args), expected)
+
+
+@every_dtype
+def test_backward_again(dtype: torch.dtype) -> None:
+    """What was saved is as it was."""
+    lstm, args = prepared(CASES["packed"], dtype)
+    outputs = call(lstm, args)
+    wanted = [args.input, *lstm.parameters()]
+    first = torch.autograd.grad(outputs, wanted, args.cotangents, retain_graph=True)
+    again = torch.autograd.grad(outputs, wanted, args.cotangents)
+    assert_same_bits(list(first), list(again))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", ["one team", "packed", "projected"])
+def test_compiled(name: str, compiler: str) -> None:
+    if compiler == "inductor":
+        pytest.importorskip("triton")
+    torch._dynamo.reset()
+    lstm, args = prepared(CASES[name], torch.float32)
+    expected = everything(lstm, args)
+    compiled: Any = torch.compile(lstm, backend=compiler, fullgraph=True)
+    outputs = call(compiled, args)
+    wanted = [args.input, *(args.hx or ()), *lstm.parameters()]
+    found = [*outputs, *torch.autograd.grad(outputs, wanted, args.cotangents)]
+    assert_same_bits(found, expected)
+    torch._dynamo.reset()
+
+
+@every_case
+def test_checked_by_torch(name: str) -> None:
+    """Schema, fakes and autograd registration against what the operators do."""
+    options = CASES[name]
+    if options.num_layers > 1:
+        pytest.skip("an operator is one layer")
+    lstm, args = prepared(options, torch.float32)
+    assert args.hx is not None
+    sizes = args.layout.batch_sizes if args.layout is not None else None
+    inputs = (args.input, sizes, *args.hx, list(lstm.parameters()))
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.fused_lstm.lstm_forward, inputs, test_utils=tests)
+    with torch.no_grad():
+        torch.library.opcheck(torch.ops.fused_lstm.lstm_inference, inputs, test_utils=tests[:2])
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
+@every_case
+def test_autocast(name: str, cast: torch.dtype) -> None:
+    """Decides what is computed in: the bits of a module in that dtype, the dtypes of nn.LSTM."""
+    lstm, args = prepared(CASES[name], torch.float32)
+    stock = CASES[name].lstm().to(DEVICE)
+    narrow, copied = FusedLSTM.from_torch(CASES[name].lstm().to(DEVICE, cast)), args.to(cast)
+    narrow.load_state_dict(lstm.state_dict())
+    with torch.no_grad():
+        with torch.autocast(DEVICE, cast):
+            found, dtypes = call(lstm, args), [tensor.dtype for tensor in call(stock, args)]
+        assert_same_bits(list(found), list(call(narrow, copied)))
+    assert [tensor.dtype for tensor in found] == dtypes
+
+
+def peak(run: Callable[[], Any]) -> int:
+    """Bytes at most allocated during a call, beyond those before it."""
+    run()  # what is kept from call to call
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(I=768, H=768, T=256, B=16),
+        Options(I=256, H=256, T=128, B=64, bidirectional=True, num_layers=2),
+        Options(I=512, H=512, T=100, B=128),
+    ],
+    ids=["one team", "both directions", "many sequences"],
+)
+def test_memory_at_its_peak(options: Options, dtype: torch.dtype) -> None:
+    """Forward and backward take no more than nn.LSTM's."""
+    stock = options.lstm().to(DEVICE, dtype)
+    fused = FusedLSTM.from_torch(stock)
+    args = arguments(options, dtype, DEVICE)
+    args.input.requires_grad_()
+    own, others = peak(lambda: everything(fused, args)), peak(lambda: everything(stock, args))
+    assert own <= others, f"{own / 2**20:.1f} MiB, nn.LSTM {others / 2**20:.1f} MiB"
+
+
+def test_inference_saves_nothing() -> None:
+    """Many layers take no more than one, and a gates' buffer."""
+    lstm = FusedLSTM(256, 256, 8, device=DEVICE)
+    x = torch.randn(200, 32, 256, device=DEVICE)
+    rows = 200 * 32 * 256 * x.element_size()
+    with torch.no_grad():
+        used = peak(lambda: lstm(x))
+    # the gates, input and output of the layer at work, its scratch memory
+    assert used < 9 * rows, used / rows
