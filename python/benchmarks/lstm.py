@@ -8,135 +8,16 @@ Nothing is timed before both sides are seen to agree.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from torch import Tensor, nn
 
 from benchmarks import machine, report
-from benchmarks.suites import FORWARD, SUITES, Case
-from benchmarks.timing import clock_for, compare
-from fused_lstm import FusedLSTM
-
-RESULTS = Path(__file__).parent / "results"
-
-
-@dataclass(frozen=True)
-class Precision:
-    dtype: torch.dtype
-    # How far apart, in the 2-norm of a whole tensor relative to its own, two right results may be:
-    # several times what nn.LSTM's own differ from fp64. A gate swapped or a bias left out is more.
-    tolerance: float
-
-
-DTYPES = {
-    "fp64": Precision(torch.float64, 1e-10),
-    "fp32": Precision(torch.float32, 1e-4),
-    "tf32": Precision(torch.float32, 1e-2),  # fp32 tensors with tf32 products allowed, CUDA only
-    "bf16": Precision(torch.bfloat16, 2e-2),
-    "fp16": Precision(torch.float16, 1e-2),
-}
-
-
-def measure(
-    case: Case,
-    pass_: str,
-    dtype: str,
-    device: torch.device,
-    *,
-    repeats: int,
-    min_time: float,
-    fused: Callable[..., nn.RNNBase] = FusedLSTM,
-) -> dict[str, Any]:
-    """One row of the report (report.py).
-
-    `fused` is called as nn.LSTM is. Raises click.ClickException if its results, or its gradients
-    where the pass has them, are not those of nn.LSTM.
-    """
-    precision = DTYPES[dtype]
-    if device.type == "cuda":
-        # torch allows tf32 in cuDNN by default: "fp32" would be tf32 on one side only.
-        torch.backends.cudnn.allow_tf32 = dtype == "tf32"
-        torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
-    training = pass_ != FORWARD
-    torch.manual_seed(0)
-    place: dict[str, Any] = {"device": device, "dtype": precision.dtype}
-    theirs = nn.LSTM(case.input_size, case.hidden_size, **case.options(), **place).train(training)
-    ours = fused(case.input_size, case.hidden_size, **case.options(), **place).train(training)
-    # Each side has its own copy of the weights, as two models would.
-    ours.load_state_dict(theirs.state_dict())
-
-    D = case.num_layers * (2 if case.bidirectional else 1)
-    x = torch.randn(case.T, case.B, case.input_size, **place).requires_grad_(training)
-    h_0 = torch.randn(D, case.B, case.proj_size or case.hidden_size, **place)
-    c_0 = torch.randn(D, case.B, case.hidden_size, **place)
-
-    with torch.set_grad_enabled(training):
-        expected, actual = (results(lstm, x, (h_0, c_0)) for lstm in (theirs, ours))
-        check_equal(expected, actual, precision.tolerance, f"{case.name}, {dtype}")
-        del expected, actual  # memory that would be in the way of what is timed
-        timed = compare(
-            step(theirs, x, (h_0, c_0)),
-            step(ours, x, (h_0, c_0)),
-            clock_for(device),
-            repeats=repeats,
-            min_time=min_time,
-        )
-    return {
-        "case": case.name,
-        "B": case.B,
-        "T": case.T,
-        "I": case.input_size,
-        "H": case.hidden_size,
-        **case.options(),
-        "dtype": dtype,
-        "pass": pass_,
-        "torch_ms": report.significant(timed.baseline_ms),
-        "fused_ms": report.significant(timed.candidate_ms),
-        "ratio": report.significant(timed.ratio),
-        "ratio_quartiles": [report.significant(q) for q in timed.ratio_quartiles],
-        "pairs": timed.pairs,
-        "calls": timed.calls,
-    }
-
-
-def step(lstm: nn.RNNBase, x: Tensor, hx: tuple[Tensor, Tensor]) -> Callable[[], Any]:
-    """What is timed: the forward pass, and with gradients enabled the backward pass for the input
-    and all weights, which is what a layer amid a model owes in training."""
-    if not torch.is_grad_enabled():
-        return lambda: lstm(x, hx)
-    wanted = [x, *lstm.parameters()]
-    return lambda: torch.autograd.grad(lstm(x, hx)[0].sum(), wanted)
-
-
-def results(lstm: nn.RNNBase, x: Tensor, hx: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """All that `step` computes, by name."""
-    output, (h_n, c_n) = lstm(x, hx)
-    named = {"output": output, "h_n": h_n, "c_n": c_n}
-    if torch.is_grad_enabled():
-        wanted = {"input": x, **dict(lstm.named_parameters())}
-        gradients = torch.autograd.grad(output.sum(), list(wanted.values()))
-        named.update(zip((f"the gradient of {name}" for name in wanted), gradients, strict=True))
-    return named
-
-
-def check_equal(
-    expected: dict[str, Tensor], actual: dict[str, Tensor], tolerance: float, where: str
-) -> None:
-    """Raise click.ClickException where a tensor differs more than `tolerance` x expected's norm."""
-    for name, tensor in expected.items():
-        truth = tensor.detach().double()
-        allowed = tolerance * truth.norm().item()
-        error = (actual[name].detach().double() - truth).norm().item()
-        if not error <= allowed:  # so that NaN is an error too
-            raise click.ClickException(
-                f"{where}: {name} is wrong: its distance from nn.LSTM's is {error:.3g} where at "
-                f"most {allowed:.3g} was expected. A wrong result is not timed."
-            )
+from benchmarks.measure import DTYPES, WrongResult, measure
+from benchmarks.suites import FORWARD_GRAPH, SUITES, Row
+from fused_lstm import FusedLSTM, backends
 
 
 @click.command()
@@ -145,6 +26,7 @@ def check_equal(
 @click.option("--case", "names", multiple=True, help="Only this case. May be repeated.")
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)),
               help="This dtype instead of the suite's. May be repeated.")  # fmt: skip
+@click.option("--backend", help="Force this backend of fused_lstm.  [default: its own choice]")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's]")
 @click.option("--repeats", type=click.IntRange(min=2), default=20, show_default=True,
               help="Pairs to time, at least.")  # fmt: skip
@@ -158,6 +40,7 @@ def main(
     device: str,
     names: tuple[str, ...],
     dtypes: tuple[str, ...],
+    backend: str | None,
     threads: int | None,
     repeats: int,
     min_time: float,
@@ -171,8 +54,10 @@ def main(
         there = ", ".join(case.name for case in SUITES[suite].cases)
         raise click.BadParameter(f"{', '.join(sorted(unknown))}: suite {suite} has {there}.",
                                  param_hint="--case")  # fmt: skip
-    if keep and (names or dtypes):
-        raise click.UsageError("--keep is for a whole suite: leave out --case and --dtype.")
+    if keep and (names or dtypes or backend):
+        raise click.UsageError("--keep is for a whole suite: no --case, --dtype or --backend.")
+    if backend:
+        check_available(backend)
     if device == "cuda" and not torch.cuda.is_available():
         raise click.BadParameter("torch sees no CUDA device.", param_hint="--device")
     if device == "cpu" and "tf32" in dtypes:
@@ -201,15 +86,36 @@ def main(
     for case in cases:
         for dtype in dtypes or SUITES[suite].dtypes:
             for pass_ in case.passes:
-                row = measure(case, pass_, dtype, place, repeats=repeats, min_time=min_time)
+                if device == "cpu" and (dtype == "tf32" or pass_ == FORWARD_GRAPH):
+                    continue
+                row = measured(Row(suite, case, dtype, pass_, backend), place, repeats, min_time)
                 document["rows"].append(row)
                 click.echo(report.line(row))
                 if out:
                     report.write(document, out)
     if keep:
         name = f"{machine.machine_slug(document['machine'])}-{suite}-{device}.json"
-        report.write(document, RESULTS / name)
+        report.write(document, report.RESULTS / name)
         click.echo(f"kept as results/{name}")
+
+
+def measured(row: Row, device: torch.device, repeats: int, min_time: float) -> dict[str, Any]:
+    try:
+        times = measure(row, device, repeats=repeats, min_time=min_time, fused=FusedLSTM)
+    except WrongResult as error:
+        raise click.ClickException(str(error)) from error
+    facts = row.facts()
+    del facts["suite"]  # the document's
+    return {**facts, **times}
+
+
+def check_available(backend: str) -> None:
+    try:
+        line = backends()[backend]
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--backend") from error
+    if not line.available:
+        raise click.BadParameter(f"{backend}: {line.detail}", param_hint="--backend")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fused_lstm import backends
+from benchmarks import report
 
 # Of all the processor's flags, those an LSTM kernel could be written for (x86-64, then arm64).
 INSTRUCTION_SETS = [
@@ -63,13 +63,25 @@ def versions(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "fused_lstm": metadata.version("fused_lstm"),
-        "backends": str(backends()).splitlines(),
+        **library(),
     }
     if device.type == "cuda":
         facts["cuda"] = torch.version.cuda
         facts["cudnn"] = torch.backends.cudnn.version()
     return facts
+
+
+def library() -> dict[str, Any]:
+    """fused_lstm's version and the lines of its table, or why it can't be loaded: nn.LSTM is
+    measured alone on a machine where it isn't built."""
+    try:
+        from fused_lstm import backends
+
+        lines = str(backends()).splitlines()
+        return {"fused_lstm": metadata.version("fused_lstm"), "backends": lines}
+    except (ImportError, OSError, metadata.PackageNotFoundError) as error:
+        words = str(error).partition("\n")[0]
+        return {"fused_lstm": report.without_paths(f"can't be imported: {words}")}
 
 
 def environment() -> dict[str, str]:

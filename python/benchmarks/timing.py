@@ -75,7 +75,7 @@ def compare(
     number so that each of the two comes first equally often.
     """
     with _no_garbage_collection():
-        calls = math.ceil(BLOCK_S / _warm_up(baseline, candidate, clock))
+        calls = math.ceil(BLOCK_S / _warm_up(baseline, candidate, clock=clock))
         baseline_s: list[float] = []
         candidate_s: list[float] = []
         end = time.monotonic() + min_time
@@ -96,13 +96,26 @@ def compare(
     )
 
 
-def _warm_up(baseline: Call, candidate: Call, clock: Clock) -> float:
+def time_alone(
+    call: Call, clock: Clock, *, repeats: int, min_time: float
+) -> tuple[float, int, int]:
+    """Milliseconds a call (median), timings, and calls in each: of one callable with no peer."""
+    with _no_garbage_collection():
+        calls = math.ceil(BLOCK_S / _warm_up(call, clock=clock))
+        seconds: list[float] = []
+        end = time.monotonic() + min_time
+        while len(seconds) < repeats or time.monotonic() < end:
+            seconds.append(clock(call, calls))
+    return median(seconds) / calls * 1e3, len(seconds), calls
+
+
+def _warm_up(*sides: Call, clock: Clock) -> float:
     """Seconds of the quickest single call seen, of at least two calls of each."""
     quickest = math.inf
     rounds = 0
     end = time.monotonic() + WARM_UP_S
     while rounds < 2 or time.monotonic() < end:
-        quickest = min(quickest, clock(baseline, 1), clock(candidate, 1))
+        quickest = min(quickest, *(clock(call, 1) for call in sides))
         rounds += 1
     return quickest
 
