@@ -58,11 +58,12 @@ def poisoned_memory() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Case:
-    """One layer on a device with so many multiprocessors."""
+    """One layer on a device with so many multiprocessors, with so much shared memory each."""
 
     options: Options
     multiprocessors: int = 4
     persistent: bool = True
+    shared_kb: int = 227
 
     def __str__(self) -> str:
         o = self.options
@@ -232,7 +233,10 @@ def check(
     found = None
     for schedule in schedules:
         print("schedule", schedule)
-        with emulation.device(case.multiprocessors), emulation.schedule(*schedule):
+        with (
+            emulation.device(case.multiprocessors, case.shared_kb << 10),
+            emulation.schedule(*schedule),
+        ):
             again = run(operands, stock, args)
             assert emulation.persistent() == case.persistent
         if found is None:
@@ -241,7 +245,10 @@ def check(
             assert_close(found, yardstick, truth, precision)
         else:
             assert_same_bits(again, found, schedule)
-    with emulation.device(case.multiprocessors), emulation.schedule(*schedules[-1]):
+    with (
+        emulation.device(case.multiprocessors, case.shared_kb << 10),
+        emulation.schedule(*schedules[-1]),
+    ):
         inferred = infer(operands, stock, args)
     assert found
     assert_same_bits(inferred, {name: found[name] for name in inferred}, "inference")
@@ -270,11 +277,16 @@ def test_persistent_kernels(emulation: Emulation, case: Case, operands: str, see
     check(emulation, case, operands, chosen)
 
 
-@pytest.mark.parametrize(("operands", "H"), [("f32", 400), ("bf16", 1040)])
+# With little shared memory, part of the weights is read from global memory in each step: forward of
+# the first, both passes of the second.
+@pytest.mark.parametrize(
+    ("operands", "H", "shared_kb"),
+    [("f32", 400, 227), ("bf16", 1040, 227), ("f32", 400, 48), ("tf32", 700, 40)],
+)
 def test_weights_that_registers_do_not_hold(
-    emulation: Emulation, operands: str, H: int, seed: int
+    emulation: Emulation, operands: str, H: int, shared_kb: int, seed: int
 ) -> None:
-    case = Case(Options(H=H, T=3, B=3), multiprocessors=65)
+    case = Case(Options(H=H, T=3, B=3), multiprocessors=65, shared_kb=shared_kb)
     check(emulation, case, operands, [(seed, "warp ahead")])
 
 
@@ -392,7 +404,10 @@ def test_every_barrier_is_needed(emulation: Emulation, seed: int) -> None:
     def caught() -> str | None:
         for schedule in schedules(2 * len(POLICIES), seed):
             for (case, operands, stock, args), expected in zip(calls, right, strict=True):
-                with emulation.device(case.multiprocessors), emulation.schedule(*schedule):
+                with (
+                    emulation.device(case.multiprocessors, case.shared_kb << 10),
+                    emulation.schedule(*schedule),
+                ):
                     try:
                         found = run(operands, stock, args)
                         assert_same_bits(found, expected, "without the barrier")

@@ -29,11 +29,11 @@ WHETHER_ALONE = {"true": "alone", "false": "team"}  # plan.h's words
 # shared memory as plan.cpp asks for at the sizes below.
 LIMITS: dict[str, tuple[int, int]] = {
     "backward_kernel kBf16 alone": (128, 45),
-    "backward_kernel kBf16 team": (240, 24),
+    "backward_kernel kBf16 team": (248, 24),
     "backward_kernel kF16 alone": (128, 45),
-    "backward_kernel kF16 team": (240, 24),
+    "backward_kernel kF16 team": (248, 24),
     "backward_kernel kF32 alone": (128, 166),
-    "backward_kernel kF32 team": (240, 180),
+    "backward_kernel kF32 team": (248, 180),
     "backward_kernel kTf32 alone": (128, 189),
     "backward_kernel kTf32 team": (240, 152),
     "backward_step_kernel": (56, 0),

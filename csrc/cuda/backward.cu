@@ -14,8 +14,9 @@
 //         waits for more than the words that its lanes multiply.
 // The products for dx, dW and db come after this, from dgates (host.cpp).
 //
-// Shared memory: [weights that registers don't hold][partial sums][dc][alone: dgates, two copies of
-// each tile (tiles, 2, tile_rows, state_stride); kF32 teams: a stage of each warp].
+// Shared memory: [weights that registers don't hold, as far as there is room][partial
+// sums][dc][alone: dgates, two copies of each tile (tiles, 2, tile_rows, state_stride); kF32 teams:
+// a stage of each warp].
 #include "activations.cuh"
 #include "launch.cuh"
 #include "product.cuh"
@@ -63,7 +64,7 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
   const int states_copy = kRows * tiling.state_stride;
 
   Weights<1, kRegisterChunks<kBackward, kAlone, kOperands>> weights;
-  weights.load(params.direction[place.direction].weights, tiling, place.slice, shared);
+  weights.load(params.direction[place.direction].weights, tiling, shared);
 
   // This thread's cells: one unit, and the same rows of each tile.
   const int mu = kAlone ? warp : thread / 8 / kRows, block_unit = 8 * mu + thread % 8;
@@ -85,8 +86,8 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
     for (int at = thread; at < tiling.tiles * 2 * states_copy / int(sizeof(Words));
          at += thread_count())
       store_words(states + at * sizeof(Words), Words{});
+    block_barrier();
   }
-  block_barrier();
 
   Walk walk(extent, tiling, place.group * kRows, tiling.groups * kRows, !given.reverse);
   Saved<T> saved[kCells];
@@ -117,7 +118,8 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
   bool more = walk.next();
   if (more) load_ahead(given);
   for (int turn = 0; more; turn ^= 1) {
-    const BackwardDirection& given = params.direction[opaque(place.direction)].given;
+    const BackwardTask& task = params.direction[opaque(place.direction)];
+    const BackwardDirection& given = task.given;
     Sums<kOperands, 1, NT, (kAlone ? 1 : 4 / NT)> sums;
     sums.clear();
     constexpr int kColumns = kBytesOfChunk / int(sizeof(T));
@@ -126,21 +128,23 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
       SharedStates<kOperands, NT> source;
       source.rows = states + (2 * walk.tile + (walk.s & 1)) * states_copy + column * int(sizeof(T));
       source.stride = tiling.state_stride;
-      multiply(sums, weights, source);
+      multiply(sums, weights, task.weights, tiling, source);
     } else {
       const int lane_column = column + lane % 4 * (kColumns / 4);
       PublishedStates<kOperands, NT> source;
       source.chunks = (tiling.columns - lane_column + kColumns - 1) / kColumns;
+      source.all = static_cast<const char*>(given.dgates);
       source.stage = shared + tiling.states + warp * 2 * kRows * kBytesOfChunk;
 #pragma unroll
       for (int nt = 0; nt < NT; ++nt) {
         const int b = walk.row_0 + 8 * nt + lane / 4;
-        const int64_t from = (int64_t(walk.before.first) + b) * 4 * padded + lane_column;
-        source.rows[nt] = b < walk.before.count && b < walk.now.count
-                              ? static_cast<const char*>(given.dgates) + from * int64_t(sizeof(T))
-                              : nullptr;
+        const int row_words = 4 * padded * int(sizeof(T)) / 16;
+        source.rows[nt] =
+            b < walk.before.count && b < walk.now.count
+                ? (walk.before.first + b) * row_words + lane_column * int(sizeof(T)) / 16
+                : -1;
       }
-      multiply(sums, weights, source);
+      multiply(sums, weights, task.weights, tiling, source);
     }
 
     // A team takes turns between two copies: see forward.cu.

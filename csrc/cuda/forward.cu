@@ -14,8 +14,9 @@
 //          lanes multiply. Row b of `states` is h_0, row B + r the h of packed row r, so that no
 //          word is written twice.
 //
-// Shared memory: [weights that registers don't hold][partial sums][c][alone: h, two copies of each
-// tile (tiles, 2, tile_rows, state_stride); kF32 teams: a stage of each warp].
+// Shared memory: [weights that registers don't hold, as far as there is room][partial
+// sums][c][alone: h, two copies of each tile (tiles, 2, tile_rows, state_stride); kF32 teams: a
+// stage of each warp].
 #include "activations.cuh"
 #include "launch.cuh"
 #include "product.cuh"
@@ -30,6 +31,25 @@ template <int NT>
 FUSED_LSTM_DEVICE int partial_sum_of(int mu, int u, int n) {
   return ((mu * NT + n / 8) * 2 + n % 2) * 32 + u * 4 + (n % 8 / 2 ^ u / 2);
 }
+
+// A thread's cells: one unit, and the same rows of each tile. Alone, they are among those that the
+// thread's own warp multiplies.
+template <bool kAlone, int NT>
+struct Cells {
+  int mu, u;  // the block's unit 8 mu + u
+  int row;    // of the tile; alone the fourth from there too
+  int unit;   // of all
+  bool mine;  // the same for all lanes of a warp
+  bool real;
+
+  FUSED_LSTM_DEVICE Cells(int thread, int slice, int units, int H)
+      : mu(kAlone ? thread / kLanes : thread / 8 / (8 * NT)),
+        u(thread % 8),
+        row(kAlone ? thread % kLanes / 8 : thread / 8 % (8 * NT)),
+        unit(slice * units + 8 * mu + u),
+        mine(8 * mu < units),
+        real(mine && unit < H) {}
+};
 
 template <Operands kOperands, bool kAlone, int NT>
 FUSED_LSTM_KERNEL(kAlone ? 512 : 256)
@@ -56,14 +76,9 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
   const int states_copy = kRows * tiling.state_stride;
 
   Weights<MT, kRegisterChunks<kForward, kAlone, kOperands>> weights;
-  weights.load(params.direction[place.direction].weights, tiling, place.slice, shared);
+  weights.load(params.direction[place.direction].weights, tiling, shared);
 
-  // This thread's cells: one unit, and the same rows of each tile. Alone, they are among those that
-  // the thread's own warp multiplies.
-  const int mu = kAlone ? warp : thread / 8 / kRows, u = thread % 8;
-  const int row = kAlone ? lane / 8 : thread / 8 % kRows;  // and the fourth from there
-  const int unit = place.slice * units + 8 * mu + u;
-  const bool mine = 8 * mu < units, real = mine && unit < H;
+  const Cells<kAlone, NT> own(thread, place.slice, units, H);
   for (int k = thread; k < units; k += thread_count()) {
     const int at = place.slice * units + k;
     Words bias{};
@@ -75,13 +90,14 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
     }
     store_words(biases + k, bias);
   }
-  for (int tile = 0; mine && tile < tiling.tiles; ++tile) {
+  for (int tile = 0; own.mine && tile < tiling.tiles; ++tile) {
 #pragma unroll
     for (int i = 0; i < kCells; ++i) {
-      const int b = (tile * tiling.groups + place.group) * kRows + row + 4 * i;
+      const int b = (tile * tiling.groups + place.group) * kRows + own.row + 4 * i;
       cell[(tile * kCells + i) * cells + thread] =
-          real && b < extent.B ? S::load(static_cast<const T*>(given.c_0)[int64_t(b) * H + unit])
-                               : 0;
+          own.real && b < extent.B
+              ? S::load(static_cast<const T*>(given.c_0)[int64_t(b) * H + own.unit])
+              : 0;
     }
   }
   if (kAlone) {
@@ -100,19 +116,19 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
 
   Walk walk(extent, tiling, place.group * kRows, tiling.groups * kRows, given.reverse);
   T x[kCells][4];  // x W_ih^T of this thread's cells, loaded a tile ahead
-  const auto load_ahead = [&](const ForwardDirection& given) {
+  const auto load_ahead = [&](const ForwardDirection& from, const Cells<kAlone, NT>& of) {
 #pragma unroll
     for (int i = 0; i < kCells; ++i) {
-      const int b = walk.row_0 + row + 4 * i;
-      if (!real || b >= walk.now.count) continue;
-      const T* gates = static_cast<const T*>(given.gates) + int64_t(walk.now.first + b) * 4 * H;
+      const int b = walk.row_0 + of.row + 4 * i;
+      if (!of.real || b >= walk.now.count) continue;
+      const T* gates = static_cast<const T*>(from.gates) + int64_t(walk.now.first + b) * 4 * H;
 #pragma unroll
-      for (int gate = 0; gate < 4; ++gate) x[i][gate] = gates[gate * H + unit];
+      for (int gate = 0; gate < 4; ++gate) x[i][gate] = gates[gate * H + of.unit];
     }
   };
 
   bool more = walk.next();
-  if (more) load_ahead(given);
+  if (more) load_ahead(given, own);
   for (int turn = 0; more; turn ^= 1) {
     const ForwardTask& task = params.direction[opaque(place.direction)];
     const ForwardDirection& given = task.given;
@@ -122,22 +138,23 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
       SharedStates<kOperands, NT> source;
       source.rows = states + (2 * walk.tile + (walk.s & 1)) * states_copy;
       source.stride = tiling.state_stride;
-      multiply(sums, weights, source);
+      multiply(sums, weights, task.weights, tiling, source);
     } else {
       constexpr int kColumns = kBytesOfChunk / int(sizeof(T));
       const int column = warp * tiling.chunks * kColumns + lane % 4 * (kColumns / 4);
       PublishedStates<kOperands, NT> source;
       source.chunks = (tiling.columns - column + kColumns - 1) / kColumns;
+      source.all = task.states;
       source.stage = shared + tiling.states + warp * 2 * kRows * kBytesOfChunk;
 #pragma unroll
       for (int nt = 0; nt < NT; ++nt) {
         const int b = walk.row_0 + 8 * nt + lane / 4;
-        const int64_t from = b < walk.before.count ? extent.B + int64_t(walk.before.first) + b : b;
-        source.rows[nt] = b < walk.now.count ? task.states + from * params.states_stride +
-                                                   int64_t(column) * sizeof(T)
-                                             : nullptr;
+        const int from = b < walk.before.count ? extent.B + walk.before.first + b : b;
+        source.rows[nt] = b < walk.now.count
+                              ? from * (params.states_stride / 16) + column * int(sizeof(T)) / 16
+                              : -1;
       }
-      multiply(sums, weights, source);
+      multiply(sums, weights, task.weights, tiling, source);
     }
 
     // A team takes turns between two copies: what is read here is written again only after the
@@ -155,19 +172,22 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
     else
       block_barrier();
 
+    // The same again: they would take registers that the product needs.
+    const Cells<kAlone, NT> own(opaque(thread), place.slice, units, H);
 #pragma unroll
     for (int i = 0; i < kCells; ++i) {
-      if (!mine) break;  // the same for all lanes of a warp
-      const int n = row + 4 * i, b = walk.row_0 + n;
-      const bool active = real && b < walk.now.count;
-      const Words bias = load_words(biases + 8 * mu + u);
+      if (!own.mine) break;
+      const int n = own.row + 4 * i, b = walk.row_0 + n;
+      const bool active = own.real && b < walk.now.count;
+      const Words bias = load_words(biases + 8 * own.mu + own.u);
       float sum[4];
 #pragma unroll
       for (int gate = 0; gate < 4; ++gate)
         sum[gate] = bits_float(bias.word[gate]) + (active ? S::load(x[i][gate]) : 0);
 #pragma unroll
       for (int k = 0; k < (kAlone ? 1 : kWarpsInTeam); ++k) {
-        const Words partial = load_words(partials + k * copy + partial_sum_of<NT>(mu, u, n));
+        const Words partial =
+            load_words(partials + k * copy + partial_sum_of<NT>(own.mu, own.u, n));
 #pragma unroll
         for (int gate = 0; gate < 4; ++gate) sum[gate] += bits_float(partial.word[gate]);
       }
@@ -175,22 +195,22 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
       const float in = sigmoid<kFast>(sum[0]), forget = sigmoid<kFast>(sum[1]);
       const float candidate = tanh<kFast>(sum[2]), out = sigmoid<kFast>(sum[3]);
       const float c_t = forget * c + in * candidate;
-      const float h = real ? out * tanh<kFast>(c_t) : 0;
+      const float h = own.real ? out * tanh<kFast>(c_t) : 0;
 
       // First what others wait for.
       const uint32_t word = operand<kOperands>(h);
       if constexpr (kAlone) {
         char* next = states + (2 * walk.tile + (~walk.s & 1)) * states_copy;
         if (active)
-          reinterpret_cast<Operand*>(next + n * tiling.state_stride)[unit] = Operand(word);
+          reinterpret_cast<Operand*>(next + n * tiling.state_stride)[own.unit] = Operand(word);
       } else {
         char* at = task.states + (extent.B + int64_t(walk.now.first) + b) * params.states_stride +
-                   unit * int(sizeof(T));
+                   own.unit * int(sizeof(T));
         // Columns beyond H, up to the row's end, are read too.
-        const bool within = b < walk.now.count && unit * int(sizeof(T)) < params.states_stride;
+        const bool within = b < walk.now.count && own.unit * int(sizeof(T)) < params.states_stride;
         if constexpr (sizeof(T) == 2) {
           const uint32_t pair = word | shuffle_xor(word, 1) << 16;  // the next unit's beside it
-          if (within && unit % 2 == 0) publish(at, pair);
+          if (within && own.unit % 2 == 0) publish(at, pair);
         } else {
           if (within) publish(at, word);
         }
@@ -198,22 +218,22 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
       if (!active) continue;
       c = c_t;
       const int64_t r = int64_t(walk.now.first) + b;
-      static_cast<T*>(given.output)[r * given.output_stride + unit] = S::store(h);
+      static_cast<T*>(given.output)[r * given.output_stride + own.unit] = S::store(h);
       if (params.save) {
-        T* gates = static_cast<T*>(given.gates) + r * 4 * H + unit;
+        T* gates = static_cast<T*>(given.gates) + r * 4 * H + own.unit;
         gates[0] = S::store(in);
         gates[H] = S::store(forget);
         gates[2 * H] = S::store(candidate);
         gates[3 * H] = S::store(out);
-        static_cast<T*>(given.cells)[r * H + unit] = S::store(c_t);
+        static_cast<T*>(given.cells)[r * H + own.unit] = S::store(c_t);
       }
       if (b >= walk.after().count) {  // the row's last step
-        static_cast<T*>(given.h_n)[int64_t(b) * H + unit] = S::store(h);
-        static_cast<T*>(given.c_n)[int64_t(b) * H + unit] = S::store(c_t);
+        static_cast<T*>(given.h_n)[int64_t(b) * H + own.unit] = S::store(h);
+        static_cast<T*>(given.c_n)[int64_t(b) * H + own.unit] = S::store(c_t);
       }
     }
     more = walk.next();
-    if (more) load_ahead(given);
+    if (more) load_ahead(given, own);
     if (kAlone) block_barrier();  // h is written
   }
 }

@@ -12,6 +12,7 @@ struct Tiling {
   int slices, groups, tile_rows, tiles;
   int warps_m, warps_k;   // warps of a block
   int row_tiles, chunks;  // of a warp
+  int shared_chunks;      // of these, in shared memory
   int columns;     // of the recurrent weights' rows that are multiplied: H, or 4 padded H backward
   int all_chunks;  // of 64 bytes, that these columns make
   int padded;      // H rounded up to the units of one published word

@@ -16,15 +16,15 @@ Plan refuse(Plan plan, std::string reason) {
   return plan;
 }
 
-void lay_out_shared_memory(Plan& p, int columns) {
+// Sets the offsets for so many chunks of weights of each warp.
+void lay_out_shared_memory(Plan& p, int columns, int shared_chunks) {
   const int warps = p.warps_m * p.warps_k;
-  const int kept =
-      std::max(0, p.chunks - register_chunks(p.pass, p.alone, p.operands)) * row_tiles(p) * warps;
   const int cells = p.units * p.tile_rows;
   // Alone, a barrier stands between a step's sums and the next's anyway; a team does with one
   // barrier a tile by writing to two copies in turn.
   const int copies = p.alone ? 1 : 2;
-  p.partials = kept * kFragmentBytes;
+  p.shared_chunks = shared_chunks;
+  p.partials = shared_chunks * row_tiles(p) * warps * kFragmentBytes;
   p.bias = p.partials + copies * p.warps_k * cells * (p.pass == kForward ? 16 : 4);
   p.cell = p.bias + (p.pass == kForward ? p.units * 16 : 0);
   p.states = p.cell + p.tiles * cells * 4;
@@ -38,6 +38,16 @@ void lay_out_shared_memory(Plan& p, int columns) {
     const int staged = p.operands == kF32 ? warps * 2 * p.tile_rows * p.state_stride : 0;
     p.shared_bytes = p.states + staged;
   }
+}
+
+// As many of the chunks that registers don't hold as go into shared memory.
+void share_out_weights(Plan& p, const Device& device, int columns) {
+  const int chunk = row_tiles(p) * p.warps_m * p.warps_k * kFragmentBytes;
+  const int rest = std::max(0, p.chunks - register_chunks(p.pass, p.alone, p.operands));
+  lay_out_shared_memory(p, columns, 0);
+  const int room = std::max(0, device.shared_bytes - p.shared_bytes) / chunk;
+  lay_out_shared_memory(p, columns, std::min(rest, room));
+  p.streamed_bytes = (rest - p.shared_chunks) * chunk * p.tiles;
 }
 
 // Into blocks, teams and tiles.
@@ -61,19 +71,26 @@ Plan cut(Plan p, const Device& device, int B, int H, int columns) {
   if (most_groups == 0)
     return refuse(p, "H needs " + std::to_string(p.slices) + " multiprocessors, the device has " +
                          std::to_string(device.multiprocessors));
-  const int eights = ceil_div(B, 8);
-  const bool wide = !p.alone && p.operands != kF32 && eights > most_groups;
-  p.tile_rows = wide ? 16 : 8;
-  const int all_tiles = ceil_div(B, p.tile_rows);
-  p.groups = std::min(most_groups, all_tiles);
-  p.tiles = ceil_div(all_tiles, p.groups);
+  const auto cut_batch = [&](int tile_rows) {
+    p.tile_rows = tile_rows;
+    const int all_tiles = ceil_div(B, tile_rows);
+    p.groups = std::min(most_groups, all_tiles);
+    p.tiles = ceil_div(all_tiles, p.groups);
+    share_out_weights(p, device, columns);
+  };
+  const bool wide = !p.alone && p.operands != kF32 && ceil_div(B, 8) > most_groups;
+  cut_batch(wide ? 16 : 8);
+  // The kernels for 16 rows have no registers left for weights from L2.
+  if (p.streamed_bytes > 0 && wide) cut_batch(8);
   if (p.tiles > kMostTiles)
     return refuse(p, "B gives each team more than " + std::to_string(kMostTiles) + " tiles a step");
-  lay_out_shared_memory(p, columns);
   if (p.shared_bytes > device.shared_bytes)
     return refuse(p, "a block needs " + std::to_string(p.shared_bytes) +
                          " bytes of shared memory, the device has " +
                          std::to_string(device.shared_bytes));
+  if (p.streamed_bytes > (p.alone ? 0 : kMostStreamed))
+    return refuse(p, "a block would read " + std::to_string(p.streamed_bytes) +
+                         " bytes of weights anew in each step");
   p.persistent = true;
   return p;
 }
@@ -89,6 +106,9 @@ Plan plan(const Device& device, Pass pass, Operands operands, int T, int B, int 
   if (T < kFewestSteps)
     return refuse(p, "T is below " + std::to_string(kFewestSteps) + ": not worth packing weights");
   const int columns = pass == kForward ? H : 4 * padded_units(operands, H);
+  // Teams count 16 bytes of what they exchange in 32 bits.
+  if (int64_t(T + 1) * B * ceil_div(columns * element_bytes(operands), 16) > INT32_MAX)
+    return refuse(p, "T times B times H is beyond 32 bits");
   if (H <= kMostUnitsAlone) {
     p.alone = true;
     const Plan alone = cut(p, device, B, H, columns);
@@ -107,7 +127,8 @@ std::string describe(const Plan& p) {
          count(p.groups, "team") + " each of " + count(p.slices, "block") + " of " +
          count(p.threads(), "thread") + ", " + count(p.tiles, "tile") + " of " +
          std::to_string(p.tile_rows) + " rows a step, " + std::to_string(p.shared_bytes) +
-         " bytes of shared memory";
+         " bytes of shared memory, " + std::to_string(p.streamed_bytes) +
+         " bytes of weights read anew a step";
 }
 
 }  // namespace fused_lstm::cuda

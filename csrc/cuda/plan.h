@@ -1,9 +1,10 @@
 // Which path serves a call, and how the persistent path cuts it up. Pure C++.
 //
 // The persistent kernels keep the recurrent weights of `units` hidden units in each block, in
-// registers as far as they go and in shared memory beyond. The blocks of one team, `slices` of
-// them, hold all the weights of one direction and serve `tiles` tiles of the batch, one after the
-// other in each step; `groups` teams share the batch. All blocks of a launch run at once.
+// registers as far as they go, in shared memory beyond, and in L2 what that does not hold. The
+// blocks of one team, `slices` of them, hold all the weights of one direction and serve `tiles`
+// tiles of the batch, one after the other in each step; `groups` teams share the batch. All blocks
+// of a launch run at once.
 #pragma once
 
 #include <cstdint>
@@ -42,6 +43,7 @@ constexpr int kMostUnitsAlone = 128;  // up to here the weights fit one multipro
 // step is bound by arithmetic, where cuBLAS's larger tiles win.
 constexpr int kFewestSteps = 3;
 constexpr int kMostTiles = 8;
+constexpr int kMostStreamed = 256 << 10;  // bytes of weights a block and step: 4 us on an H200
 
 struct Plan {
   bool persistent;
@@ -54,6 +56,8 @@ struct Plan {
   int units, slices, groups, tile_rows, tiles;
   int warps_m, warps_k;  // warps of a block: over units, and over the columns of the weights
   int chunks;            // of 64 bytes of weight columns, for each warp
+  int shared_chunks;     // of these, in shared memory
+  int streamed_bytes;    // of weights that a block reads from L2 in each step
   int threads() const { return 32 * warps_m * warps_k; }
   int blocks() const { return directions * groups * slices; }
 

@@ -145,23 +145,20 @@ class Sums<kF32, MT, NT,
 // --- weights
 // --------------------------------------------------------------------------------------
 
-// A warp's weights: chunks below RT in registers, the rest in shared memory.
+// A warp's weights: chunks below RT in registers, the next in shared memory, and what that does not
+// hold is read anew each time, from L2.
 template <int MT, int RT>
 struct Weights {
   Words kept[RT][MT][2];
-  char* rest;  // this lane's part of the first chunk that is not kept
   int chunks;  // of this warp
 
   static constexpr int kFragment = kLanes * sizeof(Words);  // bytes from one Words to the next
+  static constexpr int kChunk = MT * 2 * kFragment;
 
-  // `shared` is where all the warps' rests start.
-  FUSED_LSTM_DEVICE void load(const Words* packed, const Tiling& tiling, int slice, char* shared) {
-    const int warp = thread_index() / kLanes, lane = thread_index() % kLanes;
-    const int warps = tiling.warps_m * tiling.warps_k;
-    const char* mine = reinterpret_cast<const char*>(packed + lane) +
-                       size_t(slice * warps + warp) * tiling.chunks * MT * 2 * kFragment;
-    const int spare = tiling.chunks > RT ? tiling.chunks - RT : 0;
-    rest = shared + size_t(warp) * spare * MT * 2 * kFragment + lane * sizeof(Words);
+  // `rests` is where the shared parts of all warps start.
+  FUSED_LSTM_DEVICE void load(const Words* packed, const Tiling& tiling, char* rests) {
+    const int warp = thread_index() / kLanes;
+    const char* const all = packed_here(packed, tiling);
     const int first = warp % tiling.warps_k * tiling.chunks;
     chunks = tiling.all_chunks - first;
     chunks = chunks < 0 ? 0 : chunks < tiling.chunks ? chunks : tiling.chunks;
@@ -170,13 +167,28 @@ struct Weights {
 #pragma unroll
       for (int part = 0; part < 2 * MT; ++part)
         kept[j][part / 2][part % 2] =
-            j < chunks ? load_words(mine + (j * MT * 2 + part) * kFragment) : Words{};
-    for (int part = 0; part < spare * MT * 2; ++part)  // each lane reads back only its own
-      store_words(rest + part * kFragment, load_words(mine + (RT * MT * 2 + part) * kFragment));
+            j < chunks ? load_words(all + j * kChunk + part * kFragment) : Words{};
+    char* const rest = rests + shared_here(tiling);
+    for (int part = 0; part < tiling.shared_chunks * MT * 2;
+         ++part)  // each lane reads its own only
+      store_words(rest + part * kFragment, load_words(all + RT * kChunk + part * kFragment));
   }
 
-  FUSED_LSTM_DEVICE Words load_rest(int j, int mt, int m) const {
-    return load_words(rest + (((j - RT) * MT + mt) * 2 + m) * kFragment);
+  // This lane's part of its warp's first chunk; of the first one in shared memory, in bytes. Found
+  // anew each time: as members they would take registers that there are not.
+  FUSED_LSTM_DEVICE static const char* packed_here(const Words* packed, const Tiling& tiling) {
+    const int warps = tiling.warps_m * tiling.warps_k;
+    const int warp = thread_index() / kLanes + block_index() % tiling.slices * warps;
+    return reinterpret_cast<const char*>(packed + thread_index() % kLanes) +
+           warp * tiling.chunks * kChunk;
+  }
+  FUSED_LSTM_DEVICE static int shared_here(const Tiling& tiling) {
+    return thread_index() / kLanes * tiling.shared_chunks * kChunk +
+           thread_index() % kLanes * int(sizeof(Words));
+  }
+
+  FUSED_LSTM_DEVICE static Words load(const char* chunk, int mt, int m) {
+    return load_words(chunk + (mt * 2 + m) * kFragment);
   }
 };
 
@@ -211,14 +223,18 @@ struct SharedStates {
 template <Operands kOperands, int NT>
 struct PublishedStates {
   static constexpr bool kPublished = true;
-  const char* rows[NT];  // this lane's part of its row, from this warp's first column on; or null
-  int chunks;            // of which this lane's part is within the columns
-  char* stage;           // kF32: (2, 8 NT, 64 bytes) of this warp in shared memory
+  const char* all;
+  int rows[NT];  // this lane's part of its row, from this warp's first column on, counted in 16
+                 // bytes from `all` (a register each, where pointers are two); or negative
+  int chunks;    // of which this lane's part is within the columns
+  char* stage;   // kF32: (2, 8 NT, 64 bytes) of this warp in shared memory
 
   FUSED_LSTM_DEVICE void fetch(int j, Words (&state)[NT]) const {
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt)
-      state[nt] = rows[nt] && j < chunks ? load_published(rows[nt] + j * kBytesOfChunk) : Words{};
+      state[nt] = rows[nt] >= 0 && j < chunks
+                      ? load_published(all + int64_t(rows[nt]) * 16 + j * kBytesOfChunk)
+                      : Words{};
   }
 
   // Until all that was fetched of the chunks from `first` on is there. What is missing is fetched
@@ -260,7 +276,9 @@ struct PublishedStates {
 
 template <Operands kOperands, int MT, int NT, int kChains, int RT, class States>
 FUSED_LSTM_DEVICE void multiply(Sums<kOperands, MT, NT, kChains>& sums,
-                                const Weights<MT, RT>& weights, const States& states) {
+                                const Weights<MT, RT>& weights, const Words* packed,
+                                const Tiling& tiling, const States& states) {
+  using W = Weights<MT, RT>;
   // Loads of states in flight: a trip to L2 takes as long as several products.
   constexpr int kMost = kOperands == kF32 ? 4 : 8 / NT;
   constexpr int kAhead = !States::kPublished ? 1 : RT < kMost ? RT : kMost;
@@ -290,9 +308,18 @@ FUSED_LSTM_DEVICE void multiply(Sums<kOperands, MT, NT, kChains>& sums,
   for (int first = RT; first < weights.chunks; first += kAhead) {
     states.wait(first, state);
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i)
-      if (first + i < weights.chunks)
-        add(i, first + i, [&](int mt, int m) { return weights.load_rest(first + i, mt, m); });
+    for (int i = 0; i < kAhead; ++i) {
+      const int j = first + i;
+      if (j >= weights.chunks) continue;
+      // Read anew for tiles of 8 rows only: with 16 there are no registers for it (plan.cpp).
+      if (!States::kPublished || NT > 1 || j < RT + tiling.shared_chunks) {
+        const char* const chunk = shared_memory() + W::shared_here(tiling) + (j - RT) * W::kChunk;
+        add(i, j, [&](int mt, int m) { return W::load(chunk, mt, m); });
+      } else {
+        const char* const chunk = W::packed_here(packed, tiling) + j * W::kChunk;
+        add(i, j, [&](int mt, int m) { return W::load(chunk, mt, m); });
+      }
+    }
   }
 }
 

@@ -19,6 +19,7 @@ Tiling tiling_of(const Plan& plan, int H) {
   t.warps_k = plan.warps_k;
   t.row_tiles = row_tiles(plan);
   t.chunks = plan.chunks;
+  t.shared_chunks = plan.shared_chunks;
   t.padded = padded_units(plan.operands, H);
   t.columns = plan.pass == kForward ? H : 4 * t.padded;
   t.all_chunks = (t.columns * element_bytes(plan.operands) + 63) / 64;
