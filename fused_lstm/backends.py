@@ -32,12 +32,10 @@ if _release(_C.build_info()["torch"]) != _release(torch.__version__):
         f"{torch.__version__}; run `pip install --force-reinstall --no-deps .` in its source folder"
     )
 
-from . import cuda  # noqa: E402  asks the compiled part at once
+from . import cuda, triton  # noqa: E402  the first asks the compiled part at once
 
 KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 NAMES = ("cpu", "cuda", "triton", "reference")
-
-_NO_TRITON = "this version has no Triton kernels yet"
 
 _forced: str | None = None  # read on every call, and guarded on by TorchDynamo
 
@@ -104,13 +102,13 @@ def _refusal(name: str, input: Tensor, transformed: bool) -> str | None:
     """Why a backend can't serve a call; None where it can."""
     if name == "reference":
         return None
-    reason: str | None = _NO_TRITON
-    if name == "cpu":
-        reason = None
-        if not (input.is_cpu or input.is_meta):  # `meta` needs only the shapes
-            reason = f"it serves tensors on the CPU, and this one is on {input.device}"
-    elif name == "cuda":
+    reason: str | None = None
+    if name == "cuda":
         reason = cuda.refusal(input)
+    elif name == "triton":
+        reason = triton.refusal(input)
+    elif not (input.is_cpu or input.is_meta):  # `meta` needs only the shapes
+        reason = f"it serves tensors on the CPU, and this one is on {input.device}"
     if reason is not None:
         return reason
     if input.dtype not in KERNEL_DTYPES:
@@ -172,7 +170,7 @@ def backends() -> Backends:
                 f"CPU tensors in float32, float64, bfloat16 and float16, with {_C.cpu_isa()}",
             ),
             Backend("cuda", *cuda.available()),
-            Backend("triton", False, _NO_TRITON),
+            Backend("triton", *triton.available()),
             Backend(
                 "reference",
                 True,

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backends import KERNEL_DTYPES, choose
-from .ops import lstm_forward, lstm_inference, transform_under_way
+from .ops import OPERATORS, transform_under_way
 from .reference import lstm_layer
 
 _any_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -170,7 +170,8 @@ def _layer_function(
     """What computes one layer of this call."""
     # torch.library's autograd formulas give zero tangents under forward-mode AD and fail under
     # torch.func, so both take the reference path.
-    if choose(input, forward_ad._current_level >= 0 or transform_under_way()) == "reference":
+    backend = choose(input, forward_ad._current_level >= 0 or transform_under_way())
+    if backend == "reference":
         return lstm_layer
     # torch.jit.trace compares its trace with one made without gradients, and wants the same.
     if (torch.is_grad_enabled() or torch.jit.is_tracing()) and (
@@ -179,8 +180,8 @@ def _layer_function(
         or (h_0 is not None and h_0.requires_grad)
         or (c_0 is not None and c_0.requires_grad)
     ):
-        return lstm_forward
-    return lstm_inference
+        return OPERATORS[backend].lstm_forward
+    return OPERATORS[backend].lstm_inference
 
 
 def _check_weight_shapes(

@@ -1,29 +1,55 @@
-"""What torch must know of the three compiled operators: shapes, gradients, vmap, FLOP counts.
+"""What torch must know of the three operators: shapes, gradients, vmap, FLOP counts.
 
 The operators themselves, one LSTM layer with all its directions each, are registered by the
-compiled part; csrc/ops.cpp holds their schemas. Shapes here: T steps, B sequences, I inputs, H
-cells, P outputs of one direction (H without projection), D directions, N rows (T*B, or packed).
+compiled part; csrc/schemas.h holds their schemas. Triton's kernels are three more of the same:
+on a GPU that both serve, a backward must be of the backend that ran the forward. Shapes here: T
+steps, B sequences, I inputs, H cells, P outputs of one direction (H without projection), D
+directions, N rows (T*B, or packed).
 """
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _C  # noqa: F401  registers the operators
+from . import (
+    _C,  # noqa: F401  registers the operators
+    triton,
+)
 from .reference import lstm_layer
 
-lstm_inference = torch.ops.fused_lstm.lstm_inference.default
-lstm_forward = torch.ops.fused_lstm.lstm_forward.default
-lstm_backward = torch.ops.fused_lstm.lstm_backward.default
+
+class Operators(NamedTuple):
+    lstm_inference: OpOverload
+    lstm_forward: OpOverload
+    lstm_backward: OpOverload
+
+
+def _operators(namespace: str) -> Operators:
+    found = getattr(torch.ops, namespace)
+    return Operators(*(getattr(found, name).default for name in Operators._fields))
+
+
+_compiled = _operators("fused_lstm")
+_library = torch.library.Library("fused_lstm_triton", "DEF")
+for _operator in _compiled:
+    _library.define(str(_operator._schema).partition("::")[2])
+for _name in Operators._fields:
+    for _key in ("CUDA", "XPU"):  # AMD's GPUs have CUDA's key
+        _library.impl(_name, getattr(triton, _name), _key)
+_of_triton = _operators("fused_lstm_triton")
+
+# By the name of the backend.
+OPERATORS = {"cpu": _compiled, "cuda": _compiled, "triton": _of_triton}
 
 
 # --- shapes, for torch.compile, FakeTensor and the meta device ------------------------------------
 
 
-@torch.library.register_fake("fused_lstm::lstm_inference")
 def _inference_shapes(
     input: Tensor,
     batch_sizes: Tensor | None,
@@ -35,7 +61,6 @@ def _inference_shapes(
     return output, input.new_empty(h_0.shape), input.new_empty(c_0.shape)
 
 
-@torch.library.register_fake("fused_lstm::lstm_forward")
 def _forward_shapes(
     input: Tensor,
     batch_sizes: Tensor | None,
@@ -50,7 +75,6 @@ def _forward_shapes(
     return output, input.new_empty(h_0.shape), input.new_empty(c_0.shape), gates, cells
 
 
-@torch.library.register_fake("fused_lstm::lstm_backward")
 def _backward_shapes(
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,
@@ -84,6 +108,7 @@ def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _backward(
+    lstm_backward: OpOverload,
     ctx: Any,
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,
@@ -192,16 +217,9 @@ def _double_backward(ctx: Any, *grad_grads: Any) -> tuple[Any, ...]:
     return (*grads[:4], None, grads[4], grads[5], grads[6:], None, None, None, None)
 
 
-torch.library.register_autograd("fused_lstm::lstm_forward", _backward, setup_context=_save_forward)
-torch.library.register_autograd(
-    "fused_lstm::lstm_backward", _double_backward, setup_context=_save_backward
-)
-
-
 # --- FLOPs, two for each multiplication and addition of the matrix products -----------------------
 
 
-@register_flop_formula([torch.ops.fused_lstm.lstm_inference, torch.ops.fused_lstm.lstm_forward])
 def _forward_flops(
     input: Sequence[int],
     batch_sizes: Any,
@@ -214,7 +232,6 @@ def _forward_flops(
     return 2 * _rows(input) * _matrix_elements(weights)
 
 
-@register_flop_formula(torch.ops.fused_lstm.lstm_backward)
 def _backward_flops(
     grad_output: Any,
     grad_h_n: Any,
@@ -243,3 +260,21 @@ def _rows(input: Sequence[int]) -> int:
 
 def _matrix_elements(weights: Sequence[Sequence[int]]) -> int:
     return sum(shape[0] * shape[1] for shape in weights if len(shape) == 2)
+
+
+# --- all of it, for both --------------------------------------------------------------------------
+
+for _each in (_compiled, _of_triton):
+    torch.library.register_fake(_each.lstm_inference)(_inference_shapes)
+    torch.library.register_fake(_each.lstm_forward)(_forward_shapes)
+    torch.library.register_fake(_each.lstm_backward)(_backward_shapes)
+    torch.library.register_autograd(
+        _each.lstm_forward, partial(_backward, _each.lstm_backward), setup_context=_save_forward
+    )
+    torch.library.register_autograd(
+        _each.lstm_backward, _double_backward, setup_context=_save_backward
+    )
+    register_flop_formula([_each.lstm_inference.overloadpacket, _each.lstm_forward.overloadpacket])(
+        _forward_flops
+    )
+    register_flop_formula(_each.lstm_backward.overloadpacket)(_backward_flops)

@@ -37,10 +37,10 @@ def tf32(allowed: bool) -> Iterator[None]:
         matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
-def check_on_gpu(options: Options, precision: str) -> None:
-    """parity.check, by the CUDA kernels, with cuDNN as the yardstick."""
+def check_on_gpu(options: Options, precision: str, chosen: str = BACKEND) -> None:
+    """parity.check, by the CUDA kernels or another backend, with cuDNN as the yardstick."""
     dtype, allowed, epsilon_of = PRECISIONS[precision]
-    with tf32(allowed), backend(BACKEND):
+    with tf32(allowed), backend(chosen):
         check(options, dtype, device=DEVICE, precision=epsilon_of)
 
 

@@ -7,26 +7,30 @@ from typing import Any
 import pytest
 import torch
 from fresh_process import run_python
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fused_lstm import _C, FusedLSTM, backend, backends
+from fused_lstm import _C, FusedLSTM, backend, backends, cuda, triton
+from fused_lstm.backends import choose
 
 X = torch.ones(3, 2, 4)
 
 
 class Served(torch.utils._python_dispatch.TorchDispatchMode):
-    """Whether this package's operators ran."""
+    """Whether this package's operators ran, and whose."""
 
-    kernels = False
+    namespace = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.kernels |= func.namespace == "fused_lstm"
+        if func.namespace.startswith("fused_lstm"):
+            self.namespace = func.namespace
         return func(*args, **(kwargs or {}))
 
 
-def by_kernels(lstm: FusedLSTM, x: torch.Tensor = X) -> bool:
+def by_kernels(lstm: FusedLSTM, x: torch.Tensor = X, namespace: str = "fused_lstm") -> bool:
     with Served() as served:
         lstm(x)
-    return served.kernels
+    assert served.namespace in ("", namespace)
+    return served.namespace == namespace
 
 
 def test_automatic_choice() -> None:
@@ -45,6 +49,32 @@ def test_automatic_choice_on_a_gpu() -> None:
     with backend("reference"):
         assert not by_kernels(lstm.float(), x)
     assert not by_kernels(lstm.to(torch.complex64), x.to(torch.complex64))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not backends()["triton"].available, reason=backends()["triton"].detail)
+def test_automatic_choice_on_a_gpu_without_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "BUILT", False)
+    lstm, x = FusedLSTM(4, 3, device="cuda"), X.cuda()
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        assert by_kernels(lstm.to(dtype), x.to(dtype), "fused_lstm_triton")
+
+
+def test_automatic_choice_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tensors of GPUs that need not be there."""
+    built = cuda.BUILT
+    with FakeTensorMode():
+        of_cuda, of_xpu = (torch.empty(3, 2, 4, device=device) for device in ("cuda", "xpu"))
+        assert choose(X, False) == choose(torch.empty(3, 2, 4, device="meta"), False) == "cpu"
+        monkeypatch.setattr(triton, "installed", lambda: (False, "made up"))
+        without = choose(of_cuda, False), choose(of_xpu, False)
+        monkeypatch.setattr(triton, "installed", lambda: (True, "made up"))
+        beside = choose(of_cuda, False), choose(of_xpu, False)
+        monkeypatch.setattr(cuda, "BUILT", False)
+        alone = choose(of_cuda, False), choose(of_cuda, True)
+    assert without == ("cuda" if built else "reference", "reference")
+    assert beside == ("cuda" if built else "triton", "triton")
+    assert alone == ("triton", "reference")
 
 
 def test_forced() -> None:
@@ -79,6 +109,30 @@ def test_forced_one_that_can_not() -> None:
         lstm(X.to(torch.complex64))
 
 
+def test_what_triton_can_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    lstm = FusedLSTM(4, 3)
+    monkeypatch.setattr(triton, "installed", lambda: (True, "Triton 3.6.0"))
+    monkeypatch.setattr(triton, "absence", lambda: None)
+    with backend("triton"), pytest.raises(RuntimeError) as error:
+        lstm(X)
+    assert str(error.value) == (
+        "the forced backend 'triton' can't serve this call: "
+        "it serves tensors on GPUs, and this one is on cpu"
+    )
+    with backend("triton"):  # which need only the shapes
+        assert lstm.to("meta")(X.to("meta"))[0].shape == (3, 2, 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 77)
+    for capability, usable in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, c=capability: c)
+        triton._device_refusal.cache_clear()
+        line = triton.available()
+        assert line[0] == usable
+        assert "Tesla T4" in line[1] and ("has 7.5" in line[1]) == (not usable)
+    triton._device_refusal.cache_clear()
+
+
 def test_unknown_name() -> None:
     with pytest.raises(ValueError) as error:
         backend("gpu")
@@ -93,6 +147,14 @@ def test_table() -> None:
     table = backends()
     assert [line.name for line in table] == ["cpu", "cuda", "triton", "reference"]
     assert table["cpu"].available and table["reference"].available
+    usable, version = triton.installed()
+    if not usable:
+        assert table["triton"].detail == version and not table["triton"].available
+    elif not torch.cuda.is_available() and not torch.xpu.is_available():
+        assert table["triton"].detail == f"{version}: no GPU visible"
+        assert not table["triton"].available
+    else:
+        assert table["triton"].detail.startswith(("Triton 3", "Triton supports"))
     built = table.build["cuda"]
     if not built.startswith("yes: "):
         assert built == f"no: {table['cuda'].detail}" and not table["cuda"].available

@@ -1,0 +1,134 @@
+"""The LSTM on any GPU that Triton reaches. Importing this package does not import Triton.
+
+What Triton and GPU there are, and the operators' functions: `layer` has their code, and is loaded
+when one of them is first called.
+"""
+
+from functools import lru_cache
+from importlib import metadata, util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OLDEST = (3, 6)
+CAPABILITY = (8, 0)  # of an NVIDIA GPU, the least that Triton supports
+_DEVICES = ("cuda", "xpu")  # AMD's GPUs are torch's "cuda", too
+_DISTRIBUTIONS = ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-rocm", "triton-xpu",
+                  "pytorch-triton-xpu")  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def installed() -> tuple[bool, str]:
+    """Whether there is a Triton that the kernels can be compiled with, and which or why not."""
+    if util.find_spec("triton") is None:
+        return False, "Triton isn't installed: pip install triton"
+    version = "unknown"
+    for name in _DISTRIBUTIONS:
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        break
+    try:
+        release = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+    except ValueError:
+        release = OLDEST  # built from source, say
+    if release < OLDEST:
+        return False, f"Triton {version} is older than {OLDEST[0]}.{OLDEST[1]}"
+    return True, f"Triton {version}"
+
+
+def available() -> tuple[bool, str]:
+    """Whether there is a GPU that the kernels run on, and what they serve or why there is none."""
+    usable, version = installed()
+    if not usable:
+        return False, version
+    if torch.cuda.is_available():
+        index = torch.cuda.current_device()
+        reason = device_refusal("cuda", index)
+        if reason is not None:
+            return False, reason
+        name = torch.cuda.get_device_name(index)
+    elif torch.xpu.is_available():
+        name = torch.xpu.get_device_name()
+    else:
+        return False, f"{version}: no GPU visible"
+    return True, (
+        f"{version}; {name}: kernels in float32, bfloat16 and float16; float64 and proj_size step "
+        "by step in torch's operators"
+    )
+
+
+def refusal(input: Tensor) -> str | None:
+    """Why the kernels can't serve a call for where its tensor is; None where they can."""
+    reason = _not_installed()
+    if reason is not None:
+        return reason
+    if input.device.type in _DEVICES:
+        return device_refusal(input.device.type, input.device.index)
+    if input.is_meta:  # needs only the shapes, which the operators know
+        return None
+    return absence() or f"it serves tensors on GPUs, and this one is on {input.device}"
+
+
+@torch.compiler.assume_constant_result
+def _not_installed() -> str | None:
+    usable, reason = installed()
+    return None if usable else reason
+
+
+@torch.compiler.assume_constant_result
+def absence() -> str | None:
+    """Why there is no GPU that the kernels run on; None where there is one."""
+    return _absence()
+
+
+@lru_cache
+def _absence() -> str | None:
+    usable, reason = available()
+    return None if usable else reason
+
+
+@torch.compiler.assume_constant_result
+def device_refusal(kind: str, index: int | None) -> str | None:
+    """Why the kernels can't run on a GPU, None where they can. A GPU that isn't there is one of a
+    FakeTensor's, for which nothing runs."""
+    return _device_refusal(kind, index)
+
+
+@lru_cache
+def _device_refusal(kind: str, index: int | None) -> str | None:
+    if kind != "cuda" or torch.version.hip or not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_capability(index)
+    if found >= CAPABILITY:
+        return None
+    return (
+        f"Triton supports NVIDIA GPUs of compute capability {CAPABILITY[0]}.{CAPABILITY[1]} or "
+        f"newer, and {torch.cuda.get_device_name(index)} has {found[0]}.{found[1]}"
+    )
+
+
+# --- the operators --------------------------------------------------------------------------------
+
+
+def _run(name: str, arguments: tuple[Any, ...]) -> Any:
+    """Below autograd and autocast, as the compiled operators: what torch's operators do in there is
+    neither recorded nor cast."""
+    from . import layer
+
+    with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+        return getattr(layer, name)(*arguments)
+
+
+def lstm_inference(*arguments: Any) -> Any:
+    return _run("lstm_inference", arguments)
+
+
+def lstm_forward(*arguments: Any) -> Any:
+    return _run("lstm_forward", arguments)
+
+
+def lstm_backward(*arguments: Any) -> Any:
+    return _run("lstm_backward", arguments)
