@@ -1,13 +1,14 @@
 """`lstm(...)`: checks, autocast, layers and directions, dropout between layers."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backends import KERNEL_DTYPES, choose
-from .ops import OPERATORS, transform_under_way
+from .ops import OPERATORS, recorded, transform_under_way
 from .reference import lstm_layer
 
 _any_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -180,7 +181,9 @@ def _layer_function(
         or (h_0 is not None and h_0.requires_grad)
         or (c_0 is not None and c_0.requires_grad)
     ):
-        return OPERATORS[backend].lstm_forward
+        if _is_compiling() or torch.jit.is_tracing():
+            return OPERATORS[backend].lstm_forward
+        return partial(recorded, OPERATORS[backend])
     return OPERATORS[backend].lstm_inference
 
 

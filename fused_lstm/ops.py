@@ -116,33 +116,87 @@ def _backward(
     grad_gates: None,
     grad_cells: None,
 ) -> tuple[Any, ...]:
-    input, batch_sizes, h_0, c_0, output, gates, cells, *weights = ctx.saved_tensors
     needs_input, _, needs_h_0, needs_c_0, needs_weights = ctx.needs_input_grad
     needs = [needs_input, needs_h_0, needs_c_0, *needs_weights]
-    grads_of_results = (grad_output, grad_h_n, grad_c_n)
+    grads = _gradients(lstm_backward, ctx.saved_tensors, (grad_output, grad_h_n, grad_c_n), needs)
+    return grads[0], None, grads[1], grads[2], grads[3:]
+
+
+class _Recorded(torch.autograd.Function):
+    """What `lstm_forward` is to autograd, for eager calls: torch.library's way to the same formula
+    flattens its arguments as a tree, and costs as much as a short sequence (one step, H 96, with
+    its backward: see csrc/cpu/README.md)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        operators: Operators,
+        input: Tensor,
+        batch_sizes: Tensor | None,
+        h_0: Tensor,
+        c_0: Tensor,
+        *weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            output, h_n, c_n, gates, cells = operators.lstm_forward(
+                input, batch_sizes, h_0, c_0, weights
+            )
+        ctx.lstm_backward = operators.lstm_backward
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, batch_sizes, h_0, c_0, output, gates, cells, *weights)
+        return output, h_n, c_n
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None
+    ) -> tuple[Any, ...]:
+        _, needs_input, _, *needs_others = ctx.needs_input_grad
+        grads = _gradients(
+            ctx.lstm_backward,
+            ctx.saved_tensors,
+            (grad_output, grad_h_n, grad_c_n),
+            [needs_input, *needs_others],
+        )
+        return None, grads[0], None, *grads[1:]
+
+
+def recorded(
+    operators: Operators,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor,
+    weights: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`lstm_forward` of these operators, recorded by autograd, without gates and cells. Not for
+    calls that are being compiled or traced: those want the operator itself."""
+    return _Recorded.apply(operators, input, batch_sizes, h_0, c_0, *weights)
+
+
+def _gradients(
+    lstm_backward: OpOverload,
+    saved: Sequence[Any],
+    grads_of_results: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Of input, h_0, c_0 and the weights, from what the forward saved; None where not needed."""
+    input, batch_sizes, h_0, c_0, output, gates, cells, *weights = saved
     if transform_under_way() or any(map(_is_batched, grads_of_results)):
         # vmap, for the Jacobian of what was recorded outside: the operator has no batching rule.
         with torch.autocast(input.device.type, enabled=False):
-            grads = _reference_gradients(
+            return _reference_gradients(
                 grads_of_results, (input, h_0, c_0, *weights), batch_sizes, needs
             )
+    arguments = (
+        *grads_of_results, input, batch_sizes, h_0, c_0, weights, output, gates, cells, needs
+    )  # fmt: skip
+    if torch.is_grad_enabled():  # the gradients are to be differentiated again
+        *states, of_weights = lstm_backward(*arguments)
     else:
-        *states, of_weights = lstm_backward(
-            *grads_of_results,
-            input,
-            batch_sizes,
-            h_0,
-            c_0,
-            weights,
-            output,
-            gates,
-            cells,
-            needs,
-        )
-        grads = [
-            grad if need else None for grad, need in zip((*states, *of_weights), needs, strict=True)
-        ]
-    return grads[0], None, grads[1], grads[2], grads[3:]
+        with torch._C._AutoDispatchBelowAutograd():
+            *states, of_weights = lstm_backward(*arguments)
+    found = (*states, *of_weights)
+    return [grad if need else None for grad, need in zip(found, needs, strict=True)]
 
 
 def _reference_gradients(
