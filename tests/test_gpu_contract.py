@@ -192,6 +192,7 @@ def test_compiled(name: str, compiler: str) -> None:
 @every_case
 def test_checked_by_torch(name: str) -> None:
     """Schema, fakes and autograd registration against what the operators do."""
+    pytest.importorskip("expecttest", reason="torch's opcheck needs it")
     options = CASES[name]
     if options.num_layers > 1:
         pytest.skip("an operator is one layer")

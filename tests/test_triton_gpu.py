@@ -124,6 +124,7 @@ def test_forcing() -> None:
 @pytest.mark.parametrize("options", [Options(), Options(kind="packed", bidirectional=True)])
 def test_checked_by_torch(options: Options) -> None:
     """Schema, fakes and autograd registration against what the operators do."""
+    pytest.importorskip("expecttest", reason="torch's opcheck needs it")
     args = contract.prepared(options, torch.float32)[1]
     weights = [of.cuda() for of in options.lstm().parameters()]
     sizes = None if args.layout is None else args.layout.batch_sizes
