@@ -204,7 +204,8 @@ def test_suites_are_well_formed(benchmarks: ModuleType) -> None:
     for suite in benchmarks.suites.SUITES.values():
         names = [case.name for case in suite.cases]
         assert names and len(set(names)) == len(names)
-        assert suite.dtypes and set(suite.dtypes) <= set(benchmarks.lstm.DTYPES)
+        dtypes = {*suite.dtypes, *(dtype for case in suite.cases for dtype in case.dtypes)}
+        assert suite.dtypes and dtypes <= set(benchmarks.lstm.DTYPES)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +271,6 @@ def test_kept_results_are_whole_and_small(benchmarks: ModuleType) -> None:
         assert path.name.endswith(f"-{report['suite']}-{report['device']}.json")
         assert path.stat().st_size < (400_000 if report["benchmark"] == "gpu" else 100_000)
         if report["benchmark"] == "lstm":
-            suite = benchmarks.suites.SUITES[report["suite"]]
-            rows = {(row["case"], row["dtype"], row["pass"]) for row in report["rows"]}
-            assert rows == {(c.name, d, p) for c in suite.cases for d in suite.dtypes
-                            for p in c.passes}  # fmt: skip
+            wanted = benchmarks.suites.rows(report["suite"])
+            rows = [(r["case"], r["dtype"], r["pass"], r.get("threads")) for r in report["rows"]]
+            assert rows == [(r.case.name, r.dtype, r.pass_, r.threads) for r in wanted]

@@ -105,7 +105,6 @@ class Run:
             "published": published.document(),
             "rows": [],
         }
-        self.worker.close()  # the next one sees what the build installs
 
     def look(self) -> None:
         """Versions, and which of the backends asked for can be measured; prints both."""
@@ -207,6 +206,7 @@ def run_stages(run: Run, wanted: tuple[str, ...]) -> bool:
             run.echo(f"[{name}: {state} after {seconds} s, {run.left():.0f} s left]")
             run.save()
             if name == "build":
+                run.worker.close()  # the next one sees what was installed
                 if state != "done":  # whatever else Python may find is not this checkout
                     run.document["unavailable"] = dict.fromkeys(
                         filter(None, run.backends), "the build failed"

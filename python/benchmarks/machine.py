@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,17 @@ def environment() -> dict[str, str]:
 def load() -> float | None:
     """Processes that wanted a core in the last minute: what else the machine was doing."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def taken_by_others() -> float | None:
+    """Seconds of all cores that other programs have had so far; None where that is not told."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    except OSError:
+        return None
+    # user, nice, system, idle, iowait, irq, softirq, steal; what follows is in user already.
+    taken = sum(int(ticks) for at, ticks in enumerate(fields[1:9]) if at not in (3, 4))
+    return taken / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def commit(folder: Path = Path(__file__).parent) -> dict[str, Any]:

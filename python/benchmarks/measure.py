@@ -49,6 +49,8 @@ def measure(
     or its gradients where the pass has them, are not those of nn.LSTM.
     """
     case, precision = row.case, DTYPES[row.dtype]
+    if row.threads is not None:
+        torch.set_num_threads(row.threads)
     if device.type == "cuda":
         # torch allows tf32 in cuDNN by default: "fp32" would be tf32 on one side only.
         torch.backends.cudnn.allow_tf32 = row.dtype == "tf32"

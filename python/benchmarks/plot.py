@@ -2,7 +2,8 @@
 
     python -m benchmarks.plot results/<machine>-gpu-cuda.json --out speedup.svg
 
-Prints the tables; `--out FILE` draws the speed-up too, as SVG or PNG by the file's name. What is
+Prints the tables; `--out FILE` draws the speed-up too, as SVG or PNG by the file's name: of the
+suites `grid` and `scaling` the curves that they are for, of any other bars for its cases. What is
 missing from a result is left out, and a row that failed is shown as such.
 """
 
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from benchmarks import report
+from benchmarks import curves, report
+from benchmarks.curves import COLOURS, RATIO
 from benchmarks.suites import FORWARD, FORWARD_BACKWARD, SUITES
 
 if TYPE_CHECKING:
@@ -26,9 +28,6 @@ Rows = list[dict[str, Any]]
 
 SPEED = ("headline", "seeds", "hard")  # suites of a GPU result that the README shows
 TABLES = (*SPEED, "memory")
-COLOURS = {"fp16": "#d95f02", "bf16": "#1b9e77", "fp32": "#7570b3", "tf32": "#e7298a",
-           "fp64": "#666666"}  # fmt: skip
-RATIO = "time of nn.LSTM / time of FusedLSTM"
 OPTIONS = ("num_layers", "bidirectional", "proj_size", "shortest")
 
 
@@ -58,8 +57,11 @@ def main_backend(rows: Rows) -> str | None:
 
 def tables(document: dict[str, Any], suites: Iterable[str] = TABLES) -> str:
     """Markdown: one table for a suite's result, one for each of `suites` of a GPU result."""
+    if document["benchmark"] == "memory":
+        return table(document["rows"], steps=False, memory=True)
     if document["benchmark"] == "lstm":
-        return table(document["rows"], steps=False)
+        more = ["", *curves.slopes(document)] if document["suite"] == "scaling" else []
+        return "\n".join([table(document["rows"], steps=False), *more])
     parts = []
     for suite in suites:
         rows = [row for row in document["rows"] if row["suite"] == suite]
@@ -79,6 +81,7 @@ def table(rows: Rows, *, steps: bool, memory: bool = False) -> str:
     cells: dict[str, dict[tuple[str, str], str]] = {}
     for row in rows:
         other = f" ({row['backend']})" if row.get("backend", main) != main else ""
+        other += f" ({row['threads']} threads)" if "threads" in row else ""
         cells.setdefault(words(row) + other, {})[row["dtype"], row["pass"]] = (
             peak(row) if memory else cell(row, steps)
         )
@@ -102,6 +105,8 @@ def cell(row: dict[str, Any], steps: bool) -> str:
 
 
 def peak(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return "failed"
     return f"{row['memory_ratio']:.2f} ({row['fused_mib']:.0f} of {row['torch_mib']:.0f} MiB)"
 
 
@@ -112,13 +117,15 @@ def figure(document: dict[str, Any]) -> Figure:
     rows = [row for row in document["rows"] if "ratio" in row]
     if not rows:
         raise click.ClickException("there is no row with both times in this result: nothing to see")
+    if document["suite"] in ("grid", "scaling"):
+        return getattr(curves, document["suite"])(document)
     over_h = [row for row in rows if (row["B"], row["T"]) == (16, 1024) and row["I"] == row["H"]
               and not set(OPTIONS) & row.keys() and "graph" not in row["pass"]]  # fmt: skip
-    curves = over_h if len({row["H"] for row in over_h}) > 1 else []
+    over_h = over_h if len({row["H"] for row in over_h}) > 1 else []
     main = main_backend(rows)
     shown = [row for row in rows if row.get("suite", "seeds") in SPEED
              and row.get("backend", main) == main and "graph" not in row["pass"]]  # fmt: skip
-    passes = [p for p in (FORWARD, FORWARD_BACKWARD) if any(row["pass"] == p for row in curves)]
+    passes = [p for p in (FORWARD, FORWARD_BACKWARD) if any(row["pass"] == p for row in over_h)]
     layout: list[Any] = [
         [*([p] if p else []), *(["cases"] if shown else [])] for p in passes or [""]
     ]
@@ -127,7 +134,7 @@ def figure(document: dict[str, Any]) -> Figure:
     drawing = Figure(figsize=size, layout="constrained")
     axes = drawing.subplot_mosaic(layout)
     for pass_ in passes:
-        lines(axes[pass_], [row for row in curves if row["pass"] == pass_], main)
+        lines(axes[pass_], [row for row in over_h if row["pass"] == pass_], main)
         axes[pass_].set_title(pass_, fontsize=9)
     if shown:
         bars(axes["cases"], shown)

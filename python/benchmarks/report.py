@@ -12,9 +12,19 @@ A suite may add keys to its rows; none of these changes its meaning. Known ones:
 (the one that was forced), `distance` (the largest, over all results, between ours and nn.LSTM's,
 relative to its norm), `torch_mib`, `fused_mib` and `memory_ratio` (peak memory that one call adds
 to what was allocated before; fused / torch: below 1 fused_lstm needs less), `published` (others'
-figures for the same case: milliseconds, and those over ours).
+figures for the same case: milliseconds, and those over ours), `threads` (CPU threads, where rows
+differ in them), `gflops` (of ours) and `roofline` (the least time that the machine allows over
+ours: roofline.py), `ratio_to_fp32` (nn.LSTM's time in fp32 over ours in this dtype), `others` (the
+cores that other programs had while the row was measured).
 A row that failed has `error` in place of the times; one that timed nn.LSTM alone has only
 `torch_ms`, `torch_us_per_step`, `pairs` and `calls`.
+
+`python -m benchmarks.lstm` may add to the document: `roofline` (the rates and bandwidths that rows
+are held against, where the suite asks for them) and `skipped` (rows that --minutes left no time
+for).
+
+`python -m benchmarks.memory` writes rows without times: `torch_mib`, `fused_mib` (by how much the
+process grows), `memory_ratio` and `output_mib`.
 
 `python -m benchmarks.gpu` adds to the document: `minutes`, `stages`, `build`, `micro`, `tests`,
 `sanitizer`, `published` and `skipped` (gpu.py says what is in each).
@@ -67,7 +77,8 @@ def name(row: dict[str, Any]) -> str:
     sizes = " ".join(f"{size}{row[size]}" for size in _SIZES)
     options = "".join(f" {option}={row[option]}" for option in _OPTIONS if option in row)
     backend = f" {row['backend']}" if "backend" in row else ""
-    return f"{row['case']} {sizes}{options}{backend}"
+    threads = f" threads={row['threads']}" if "threads" in row else ""
+    return f"{row['case']} {sizes}{options}{backend}{threads}"
 
 
 def line(row: dict[str, Any]) -> str:
@@ -76,6 +87,12 @@ def line(row: dict[str, Any]) -> str:
         return f"{name(row):<50} {row['dtype']:<5} {row['pass']:<17}  {row['error']}"
     first, third = row.get("ratio_quartiles", (None, None))
     last = "" if first is None else f"{first:.2f} .. {third:.2f}"
+    if "gflops" in row:
+        last += f", {row['gflops']:.4g} GFLOP/s, {row['roofline']:.0%} of the roofline"
+    if "ratio_to_fp32" in row:
+        last += f", {row['ratio_to_fp32']:.2f} x nn.LSTM in fp32"
+    if row.get("others", 0) > 0.1:
+        last += f", others had {row['others']:.2f} cores"
     if "memory_ratio" in row:
         last += f", memory x {row['memory_ratio']:.2f}"
     return _LINE.format(

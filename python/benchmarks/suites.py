@@ -33,6 +33,7 @@ class Case:
     proj_size: int = 0
     shortest: int | None = None
     passes: tuple[str, ...] = (FORWARD, FORWARD_BACKWARD)
+    dtypes: tuple[str, ...] = ()  # in place of the suite's
 
     def options(self) -> dict[str, Any]:
         """The arguments of nn.LSTM, beyond the two sizes, that are not at their default."""
@@ -69,22 +70,27 @@ class Case:
 class Suite:
     cases: tuple[Case, ...]
     dtypes: tuple[str, ...]  # names in measure.DTYPES
+    threads: tuple[int, ...] = ()  # each row with each of them; () is as many as torch takes
+    roofline: bool = False  # a row says its share of what this machine could do, on a CPU
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row to measure. `backend` is forced for our side; None lets the library choose."""
+    """One row to measure. `backend` is forced for our side; None lets the library choose. `threads`
+    None are as many as are set."""
 
     suite: str
     case: Case
     dtype: str
     pass_: str
     backend: str | None = None
+    threads: int | None = None
 
     def facts(self) -> dict[str, Any]:
         """What identifies the row in a report."""
         facts = {**self.case.facts(), "suite": self.suite, "dtype": self.dtype, "pass": self.pass_}
-        return facts if self.backend is None else {**facts, "backend": self.backend}
+        chosen = {"backend": self.backend, "threads": self.threads}
+        return {**facts, **{name: fact for name, fact in chosen.items() if fact is not None}}
 
 
 def _square(name: str, B: int, T: int, H: int, **options: Any) -> Case:
@@ -154,6 +160,38 @@ def _haste(batches: Iterable[int], inputs: Iterable[int]) -> tuple[Case, ...]:
     )
 
 
+# Where a CPU kernel is asked for: large and small products, long and short sequences, what oneDNN
+# leaves to torch's own steps, one step, and two directions.
+_CPU = (
+    Case("large-batch", 128, 100, 65, 512),
+    Case("small", 36, 48, 48, 96),
+    Case("layers-2", 64, 64, 256, 256, num_layers=2),
+    Case("long", 8, 1000, 128, 128),
+    Case("large-hidden", 20, 70, 400, 1150),
+    Case("packed", 64, 64, 256, 256, shortest=8),
+    Case("projection", 64, 64, 256, 256, proj_size=128),
+    Case("fp64", 64, 64, 256, 256, dtypes=("fp64",)),
+    Case("one-step-96", 1, 1, 48, 96),
+    Case("one-step-512", 1, 1, 65, 512),
+    Case("bidirectional", 64, 64, 256, 256, bidirectional=True),
+)
+
+# One size grows a decade or two octaves at a time, the others are small: what doesn't grow with it
+# shows at the left end, and the right end is a straight line on logarithmic axes.
+_SCALING = (
+    *(Case(f"T-{10**n}", 1, 10**n, 16, 32) for n in range(6)),
+    *(Case(f"B-{4**n}", 4**n, 16, 64, 128) for n in range(6)),
+    *(Case(f"H-{4**n}", 4, 4, 64, 4**n) for n in range(7)),
+)
+
+_GRID = tuple(
+    _square(f"grid-B32-T{T}-H{H}", 32, T, H)
+    for T, H in dict.fromkeys(
+        [(64, H) for H in (32, 64, 128, 256, 512, 1024)]
+        + [(T, 256) for T in (1, 4, 16, 64, 256, 1024)]
+    )
+)
+
 SUITES: dict[str, Suite] = {
     "headline": Suite((_HEADLINE,), ("bf16", "fp16", "fp32", "tf32")),
     "seeds": Suite(_SEEDS, ("fp32", "bf16")),
@@ -177,6 +215,17 @@ SUITES: dict[str, Suite] = {
             )
         ),
         ("bf16", "fp32"),
+    ),
+    "cpu": Suite(_CPU, ("fp32", "bf16"), threads=(1, 2), roofline=True),
+    "scaling": Suite(_SCALING, ("fp32",), threads=(1, 2)),
+    # Over H and over T, for the README's plot.
+    "grid": Suite(_GRID, ("fp32", "bf16")),
+    "memory-cpu": Suite(
+        (
+            *(replace(case, name=f"memory-{case.name}") for case in _CPU if case.T > 1),
+            Case("memory-longer", 16, 2000, 128, 256),
+        ),
+        ("fp32", "bf16"),
     ),
     # Seconds on a CPU: tries the commands out, measures nothing worth keeping.
     "smoke": Suite(
@@ -210,21 +259,25 @@ GPU: tuple[tuple[str, tuple[str, ...], str | None], ...] = (
 )
 
 
-def rows(suite: str, backends: tuple[str | None, ...] = (None,)) -> list[Row]:
+def rows(
+    suite: str, backends: tuple[str | None, ...] = (None,), dtypes: tuple[str, ...] = ()
+) -> list[Row]:
     """The rows of a suite in order, those of "gpu" being `GPU`'s, for these backends of ours: the
-    first stands where `GPU` has None, and rows of one that is not among them are left out. No row
-    is there twice."""
+    first stands where `GPU` has None, and rows of one that is not among them are left out. With
+    `dtypes`, in those and not the suite's own. No row is there twice."""
     main, *others = backends
     if suite == "gpu":
-        entries = [(name, dtypes, other or main) for name, dtypes, other in GPU
+        entries = [(name, wanted, other or main) for name, wanted, other in GPU
                    if other is None or other in backends]  # fmt: skip
     else:
-        entries = [(suite, SUITES[suite].dtypes, backend) for backend in (main, *others)]
+        entries = [(suite, dtypes, backend) for backend in (main, *others)]
     seen: dict[tuple[Any, ...], Row] = {}
-    for name, dtypes, backend in entries:
-        for case, dtype in product(SUITES[name].cases, dtypes):
-            for pass_ in case.passes:
+    for name, wanted, backend in entries:
+        all_ = SUITES[name]
+        for case in all_.cases:
+            chosen = wanted or case.dtypes or all_.dtypes
+            for dtype, pass_, threads in product(chosen, case.passes, all_.threads or (None,)):
                 sizes = {key: fact for key, fact in case.facts().items() if key != "case"}
-                same = (*sizes.items(), dtype, pass_, backend)
-                seen.setdefault(same, Row(name, case, dtype, pass_, backend))
+                same = (*sizes.items(), dtype, pass_, backend, threads)
+                seen.setdefault(same, Row(name, case, dtype, pass_, backend, threads))
     return list(seen.values())
