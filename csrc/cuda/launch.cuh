@@ -13,8 +13,11 @@ struct Grid {
   bool together;  // all blocks must run at once: a cooperative launch, refused where they can't
 };
 
+// Null on success. An error told here is not left for whoever asks CUDA next.
 inline const char* error_text(cudaError_t error) {
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
 }
 
 // Enqueues kernel(params) on the stream; null on success, else what went wrong.
