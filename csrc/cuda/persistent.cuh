@@ -2,6 +2,8 @@
 // how a block is placed among the others.
 #pragma once
 
+#include <type_traits>
+
 #include "device.cuh"
 #include "kernels.h"
 
@@ -60,6 +62,21 @@ const char* launch_backward(const Plan& plan, const BackwardParams& params, Stre
 
 const char* pack_forward(const Plan& plan, const ForwardParams& params, Stream stream);
 const char* pack_backward(const Plan& plan, const BackwardParams& params, Stream stream);
+
+// run(kind) for the kind of operands at hand, which is decltype(kind)::value.
+template <class Run>
+auto with_operands(Operands operands, Run run) {
+  switch (operands) {
+    case kBf16:
+      return run(std::integral_constant<Operands, kBf16>());
+    case kF16:
+      return run(std::integral_constant<Operands, kF16>());
+    case kTf32:
+      return run(std::integral_constant<Operands, kTf32>());
+    default:
+      return run(std::integral_constant<Operands, kF32>());
+  }
+}
 
 // Where a block stands: its direction, its team there, and its slice of the hidden units.
 struct Place {

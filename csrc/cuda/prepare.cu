@@ -110,16 +110,9 @@ const char* pack(const Plan& plan, const Params& params, PackParams pack_params,
   pack_params.B = params.extent.B;
   pack_params.words = packed_words(plan);
   pack_params.directions = plan.directions;
-  switch (plan.operands) {
-    case kBf16:
-      return launch_pack<kBf16>(plan, pack_params, stream);
-    case kF16:
-      return launch_pack<kF16>(plan, pack_params, stream);
-    case kTf32:
-      return launch_pack<kTf32>(plan, pack_params, stream);
-    default:
-      return launch_pack<kF32>(plan, pack_params, stream);
-  }
+  return with_operands(plan.operands, [&](auto kind) {
+    return launch_pack<decltype(kind)::value>(plan, pack_params, stream);
+  });
 }
 
 }  // namespace

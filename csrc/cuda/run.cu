@@ -43,49 +43,24 @@ size_t states_bytes(const Plan& plan, const Extent& extent) {
   return aligned((extent.B + extent.N) * size_t(states_stride(plan, extent.H)));
 }
 
-template <Operands kOperands>
 int resident(const Plan& plan) {
-  return plan.pass == kForward ? resident_forward<kOperands>(plan)
-                               : resident_backward<kOperands>(plan);
-}
-
-int resident(const Plan& plan) {
-  switch (plan.operands) {
-    case kBf16:
-      return resident<kBf16>(plan);
-    case kF16:
-      return resident<kF16>(plan);
-    case kTf32:
-      return resident<kTf32>(plan);
-    default:
-      return resident<kF32>(plan);
-  }
+  return with_operands(plan.operands, [&](auto kind) {
+    constexpr Operands kOperands = decltype(kind)::value;
+    return plan.pass == kForward ? resident_forward<kOperands>(plan)
+                                 : resident_backward<kOperands>(plan);
+  });
 }
 
 const char* launch_persistent(const Plan& plan, const ForwardParams& params, Stream stream) {
-  switch (plan.operands) {
-    case kBf16:
-      return launch_forward<kBf16>(plan, params, stream);
-    case kF16:
-      return launch_forward<kF16>(plan, params, stream);
-    case kTf32:
-      return launch_forward<kTf32>(plan, params, stream);
-    default:
-      return launch_forward<kF32>(plan, params, stream);
-  }
+  return with_operands(plan.operands, [&](auto kind) {
+    return launch_forward<decltype(kind)::value>(plan, params, stream);
+  });
 }
 
 const char* launch_persistent(const Plan& plan, const BackwardParams& params, Stream stream) {
-  switch (plan.operands) {
-    case kBf16:
-      return launch_backward<kBf16>(plan, params, stream);
-    case kF16:
-      return launch_backward<kF16>(plan, params, stream);
-    case kTf32:
-      return launch_backward<kTf32>(plan, params, stream);
-    default:
-      return launch_backward<kF32>(plan, params, stream);
-  }
+  return with_operands(plan.operands, [&](auto kind) {
+    return launch_backward<decltype(kind)::value>(plan, params, stream);
+  });
 }
 
 constexpr int kEmpty = 0xff;  // each byte of kNotYet
