@@ -18,7 +18,6 @@
 // sums][dc][alone: dgates, two copies of each tile (tiles, 2, tile_rows, state_stride); kF32 teams:
 // a stage of each warp].
 #include "activations.cuh"
-#include "launch.cuh"
 #include "product.cuh"
 
 namespace fused_lstm::cuda {
@@ -122,7 +121,7 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
     const BackwardDirection& given = task.given;
     Sums<kOperands, 1, NT, (kAlone ? 1 : 4 / NT)> sums;
     sums.clear();
-    constexpr int kColumns = kBytesOfChunk / int(sizeof(T));
+    constexpr int kColumns = kChunkBytes / int(sizeof(T));
     const int column = warp_k * tiling.chunks * kColumns;
     if constexpr (kAlone) {
       SharedStates<kOperands, NT> source;
@@ -134,7 +133,7 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
       PublishedStates<kOperands, NT> source;
       source.chunks = (tiling.columns - lane_column + kColumns - 1) / kColumns;
       source.all = static_cast<const char*>(given.dgates);
-      source.stage = shared + tiling.states + warp * 2 * kRows * kBytesOfChunk;
+      source.stage = shared + tiling.states + warp * 2 * kRows * kChunkBytes;
 #pragma unroll
       for (int nt = 0; nt < NT; ++nt) {
         const int b = walk.row_0 + 8 * nt + lane / 4;
@@ -233,10 +232,6 @@ Kernel kernel_for(const Plan& plan) {
   if constexpr (kOperands != kF32)
     if (plan.tile_rows == 16) return backward_kernel<kOperands, false, 2>;
   return backward_kernel<kOperands, false, 1>;
-}
-
-Grid grid_of(const Plan& plan) {
-  return {plan.blocks(), plan.threads(), plan.shared_bytes, !plan.alone};
 }
 
 }  // namespace

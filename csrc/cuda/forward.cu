@@ -18,7 +18,6 @@
 // sums][c][alone: h, two copies of each tile (tiles, 2, tile_rows, state_stride); kF32 teams: a
 // stage of each warp].
 #include "activations.cuh"
-#include "launch.cuh"
 #include "product.cuh"
 
 namespace fused_lstm::cuda {
@@ -140,12 +139,12 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
       source.stride = tiling.state_stride;
       multiply(sums, weights, task.weights, tiling, source);
     } else {
-      constexpr int kColumns = kBytesOfChunk / int(sizeof(T));
+      constexpr int kColumns = kChunkBytes / int(sizeof(T));
       const int column = warp * tiling.chunks * kColumns + lane % 4 * (kColumns / 4);
       PublishedStates<kOperands, NT> source;
       source.chunks = (tiling.columns - column + kColumns - 1) / kColumns;
       source.all = task.states;
-      source.stage = shared + tiling.states + warp * 2 * kRows * kBytesOfChunk;
+      source.stage = shared + tiling.states + warp * 2 * kRows * kChunkBytes;
 #pragma unroll
       for (int nt = 0; nt < NT; ++nt) {
         const int b = walk.row_0 + 8 * nt + lane / 4;
@@ -246,10 +245,6 @@ Kernel kernel_for(const Plan& plan) {
   if constexpr (kOperands != kF32)  // whose sums would take all the registers
     if (plan.tile_rows == 16) return forward_kernel<kOperands, false, 2>;
   return forward_kernel<kOperands, false, 1>;
-}
-
-Grid grid_of(const Plan& plan) {
-  return {plan.blocks(), plan.threads(), plan.shared_bytes, !plan.alone};
 }
 
 }  // namespace

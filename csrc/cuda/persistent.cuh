@@ -6,6 +6,7 @@
 
 #include "device.cuh"
 #include "kernels.h"
+#include "launch.cuh"
 
 namespace fused_lstm::cuda {
 
@@ -62,6 +63,11 @@ const char* launch_backward(const Plan& plan, const BackwardParams& params, Stre
 
 const char* pack_forward(const Plan& plan, const ForwardParams& params, Stream stream);
 const char* pack_backward(const Plan& plan, const BackwardParams& params, Stream stream);
+
+// Blocks of a team wait for each other, so all of them must run at once.
+inline Grid grid_of(const Plan& plan) {
+  return {plan.blocks(), plan.threads(), plan.shared_bytes, !plan.alone};
+}
 
 // run(kind) for the kind of operands at hand, which is decltype(kind)::value.
 template <class Run>

@@ -5,7 +5,6 @@
 namespace fused_lstm::cuda {
 namespace {
 
-constexpr int kChunkBytes = 64;       // of a row of weights: what a warp multiplies at a time
 constexpr int kFragmentBytes = 1024;  // one chunk of 16 rows, in the order of the lanes
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -30,7 +29,7 @@ void lay_out_shared_memory(Plan& p, int columns, int shared_chunks) {
   p.states = p.cell + p.tiles * cells * 4;
   if (p.alone) {
     // An odd number of chunks: two neighbouring rows then lie in different halves of the banks.
-    p.state_stride = (ceil_div(columns * element_bytes(p.operands), kChunkBytes) | 1) * kChunkBytes;
+    p.state_stride = (weight_chunks(p.operands, columns) | 1) * kChunkBytes;
     p.shared_bytes = p.states + p.tiles * 2 * p.tile_rows * p.state_stride;
   } else {
     // Plain fp32 multiplications read states from shared memory, where each warp puts its share.
@@ -52,7 +51,7 @@ void share_out_weights(Plan& p, const Device& device, int columns) {
 
 // Into blocks, teams and tiles.
 Plan cut(Plan p, const Device& device, int B, int H, int columns) {
-  const int all_chunks = ceil_div(columns * element_bytes(p.operands), kChunkBytes);
+  const int all_chunks = weight_chunks(p.operands, columns);
   if (p.alone) {
     p.warps_m = ceil_div(H, p.pass == kForward ? 8 : 16);
     p.warps_k = p.pass == kForward ? 1 : std::max(2, std::min({8, 16 / p.warps_m, all_chunks}));
@@ -105,7 +104,7 @@ Plan plan(const Device& device, Pass pass, Operands operands, int T, int B, int 
   if (device.major < 8) return refuse(p, "the persistent kernels need compute capability 8.0");
   if (T < kFewestSteps)
     return refuse(p, "T is below " + std::to_string(kFewestSteps) + ": not worth packing weights");
-  const int columns = pass == kForward ? H : 4 * padded_units(operands, H);
+  const int columns = weight_columns(pass, operands, H);
   // Teams count 16 bytes of what they exchange in 32 bits.
   if (int64_t(T + 1) * B * ceil_div(columns * element_bytes(operands), 16) > INT32_MAX)
     return refuse(p, "T times B times H is beyond 32 bits");

@@ -26,6 +26,16 @@ inline int element_bytes(Operands operands) { return operands <= kF16 ? 2 : 4; }
 // Where it is more than H, the column between is zero.
 inline int padded_units(Operands operands, int H) { return operands <= kF16 ? (H + 1) / 2 * 2 : H; }
 
+constexpr int kChunkBytes = 64;  // of a row of weights: what a warp multiplies at a time
+
+// Of the recurrent weights' rows that are multiplied; and the chunks that these make.
+inline int weight_columns(Pass pass, Operands operands, int H) {
+  return pass == kForward ? H : 4 * padded_units(operands, H);
+}
+inline int weight_chunks(Operands operands, int columns) {
+  return (columns * element_bytes(operands) + kChunkBytes - 1) / kChunkBytes;
+}
+
 // Chunks of weights that a warp keeps in registers: as many as leave room for the rest of what a
 // thread needs among its 255 (alone 128) registers. nvcc's report decides: nothing may spill.
 constexpr int register_chunks(Pass pass, bool alone, Operands operands) {

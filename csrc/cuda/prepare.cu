@@ -6,7 +6,6 @@
 // exist are zero.
 #include <algorithm>
 
-#include "launch.cuh"
 #include "product.cuh"
 
 namespace fused_lstm::cuda {
@@ -69,7 +68,7 @@ pack_kernel(FUSED_LSTM_PARAMS(PackParams) p) {
       int row, word;
       weight_position<kOperands>(lane, m, r, row, word);
       row += (int(rest) * row_tiles + tile) * 16;
-      const int first = (warp_k * tiling.chunks + chunk) * (kBytesOfChunk / int(sizeof(T)));
+      const int first = (warp_k * tiling.chunks + chunk) * (kChunkBytes / int(sizeof(T)));
       if constexpr (sizeof(T) == 2) {
         const int column = first + 2 * word;
         words.word[r] =

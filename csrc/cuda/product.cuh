@@ -15,7 +15,6 @@
 
 namespace fused_lstm::cuda {
 
-constexpr int kBytesOfChunk = 64;
 constexpr int kLanes = 32;
 
 // Which row of 16 and which word of the chunk lane `lane` holds in word r of part m.
@@ -206,15 +205,14 @@ struct SharedStates {
     const int lane = thread_index() % kLanes;
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt)
-      state[nt] =
-          load_words(rows + (8 * nt + lane / 4) * stride + j * kBytesOfChunk + lane % 4 * 16);
+      state[nt] = load_words(rows + (8 * nt + lane / 4) * stride + j * kChunkBytes + lane % 4 * 16);
   }
   template <int kAhead>
   FUSED_LSTM_DEVICE void wait(int, Words (&)[kAhead][NT]) const {}
   FUSED_LSTM_DEVICE const char* in_shared_memory(int j, const Words (&)[NT],
                                                  int& stride_out) const {
     stride_out = stride;
-    return rows + j * kBytesOfChunk;
+    return rows + j * kChunkBytes;
   }
 };
 
@@ -233,7 +231,7 @@ struct PublishedStates {
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt)
       state[nt] = rows[nt] >= 0 && j < chunks
-                      ? load_published(all + int64_t(rows[nt]) * 16 + j * kBytesOfChunk)
+                      ? load_published(all + int64_t(rows[nt]) * 16 + j * kChunkBytes)
                       : Words{};
   }
 
@@ -261,12 +259,12 @@ struct PublishedStates {
   FUSED_LSTM_DEVICE const char* in_shared_memory(int j, const Words (&state)[NT],
                                                  int& stride) const {
     const int lane = thread_index() % kLanes;
-    char* copy = stage + (j & 1) * 8 * NT * kBytesOfChunk;  // the other one may still be read
+    char* copy = stage + (j & 1) * 8 * NT * kChunkBytes;  // the other one may still be read
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt)
-      store_words(copy + (8 * nt + lane / 4) * kBytesOfChunk + lane % 4 * 16, state[nt]);
+      store_words(copy + (8 * nt + lane / 4) * kChunkBytes + lane % 4 * 16, state[nt]);
     warp_barrier();
-    stride = kBytesOfChunk;
+    stride = kChunkBytes;
     return copy;
   }
 };

@@ -1,7 +1,6 @@
 // One pass of the persistent path: what each launch needs, and in what order.
 #include <algorithm>
 
-#include "launch.cuh"
 #include "persistent.cuh"
 
 namespace fused_lstm::cuda {
@@ -21,8 +20,8 @@ Tiling tiling_of(const Plan& plan, int H) {
   t.chunks = plan.chunks;
   t.shared_chunks = plan.shared_chunks;
   t.padded = padded_units(plan.operands, H);
-  t.columns = plan.pass == kForward ? H : 4 * t.padded;
-  t.all_chunks = (t.columns * element_bytes(plan.operands) + 63) / 64;
+  t.columns = weight_columns(plan.pass, plan.operands, H);
+  t.all_chunks = weight_chunks(plan.operands, t.columns);
   t.partials = plan.partials;
   t.bias = plan.bias;
   t.cell = plan.cell;
