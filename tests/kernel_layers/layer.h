@@ -1,6 +1,6 @@
-// A random layer put through one set of CPU kernels: forward, backward and gradients, without
-// torch. Each operand and result is a block of the heap of its own, so that AddressSanitizer sees
-// the end of each.
+// A layer put through one set of CPU kernels: forward, backward and gradients, without torch. Each
+// operand and result is a block of the heap of its own, so that AddressSanitizer sees the end of
+// each.
 #pragma once
 
 #include <cmath>
@@ -82,26 +82,28 @@ struct Case {
   int64_t T, B, I, H, P;
   bool packed, projected;
   int directions, threads;
+  bool forward_only = false;
+  std::vector<int64_t> sizes = {};  // of the batch at each step, packed; empty: some that shrink
 };
 
 struct Outcome {
   std::vector<Buffer> buffers;
 };
 
-inline Outcome run(const cpu::Kernel& kernel, Dtype dtype, const Case& c, unsigned seed) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal;
+// fill(buffer, scale) fills one operand after another, with numbers of about that scale.
+template <class Fill>
+Outcome run_with(const cpu::Kernel& kernel, Dtype dtype, const Case& c, Fill&& fill) {
   auto data = [&](int64_t count, float scale) {
     Buffer b(dtype, count);
-    for (int64_t k = 0; k < count; ++k) b.set(k, scale * normal(random));
+    fill(b, scale);
     return b;
   };
-  std::vector<int64_t> sizes, offsets;
+  std::vector<int64_t> sizes = c.sizes, offsets;
   int64_t N = 0;
   for (int64_t t = 0; t < c.T; ++t) {
-    sizes.push_back(c.packed ? c.B - t * (c.B - 1) / c.T : c.B);
+    if (c.sizes.empty()) sizes.push_back(c.packed ? c.B - t * (c.B - 1) / c.T : c.B);
     offsets.push_back(N);
-    N += sizes.back();
+    N += sizes[size_t(t)];
   }
   const int64_t D = c.directions, H = c.H, P = c.P;
   const float scale = 1.0f / std::sqrt(float(H));
@@ -193,9 +195,18 @@ inline Outcome run(const cpu::Kernel& kernel, Dtype dtype, const Case& c, unsign
         reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(space.data()) + 63) & ~uintptr_t(63)));
   };
   call(kernel.forward_workspace, kernel.forward, forward);
+  if (c.forward_only) return outcome;
   call(kernel.backward_workspace, kernel.backward, backward);
   call(kernel.gradients_workspace, kernel.gradients, gradients);
   return outcome;
+}
+
+inline Outcome run(const cpu::Kernel& kernel, Dtype dtype, const Case& c, unsigned seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  return run_with(kernel, dtype, c, [&](Buffer& b, float scale) {
+    for (int64_t k = 0; k < b.count; ++k) b.set(k, scale * normal(random));
+  });
 }
 
 }  // namespace kernel_layers
