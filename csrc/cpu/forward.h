@@ -19,8 +19,12 @@
 
 namespace fused_lstm::cpu::FUSED_LSTM_ISA {
 
-// Rows of a whole call up to which packing the weights costs more than it saves.
-constexpr int64_t kDenseRows = 4;
+// Rows of a whole call up to which packing the weights costs more than it saves: these at most, and
+// fewer where K is short, for a sum across lanes takes as long as some 80 steps of K.
+constexpr int64_t kDenseRows = 64, kDenseK = 10;
+// Bytes of W_ih above which it is worth reading it less often than at every step.
+constexpr int64_t kFarBytes = 4 * kCacheBytes;
+constexpr int64_t kFarRows = 128;  // of x taken together then
 
 template <class T>
 struct ForwardPass {
@@ -42,7 +46,6 @@ struct ForwardPass {
     A* sums;    // (kMaxRows, 4V): one tile
     A* inputs;  // (blocks of the chunk, chunk_rows, 4V): x W_ih^T + b
     Elem* x;    // (chunk_rows, x_stride): input rows of a chunk in the product's type
-    A* dense;   // (B, x_dense + h_dense): x_t and h_{t-1} of a step, for the dense products
   };
 
   const Forward* args;
@@ -51,8 +54,8 @@ struct ForwardPass {
   Team team;
   ColumnBlocks projection;
   int64_t blocks, x_padded, h_padded, m_padded, x_stride, h_stride, m_stride, c_stride;
-  int64_t chunk_rows, chunk_steps, x_dense, h_dense;
-  bool copy_input, dense;
+  int64_t chunk_rows, chunk_steps;
+  bool copy_input, dense, ahead;  // ahead: x W_ih^T of a chunk before its first step
   Direction direction[2];
   char* private_base;
   int64_t private_bytes;
@@ -74,14 +77,15 @@ struct ForwardPass {
                         round_up(seq.B, P::max_rows(4)) / P::max_rows(4), blocks);
     projection = ColumnBlocks(seq.projected ? seq.P : 0, V, team.unit_groups);
     const int64_t rows = (seq.B + team.row_groups - 1) / team.row_groups;
-    chunk_steps = rows > 0 && rows < P::max_rows(4) ? kMaxRows / rows : 1;
+    const int64_t all_rows = seq.T * seq.B;
+    dense = all_rows <= kDenseRows && all_rows * kDenseK <= seq.I + seq.P;
+    chunk_steps = dense ? seq.T : rows < P::max_rows(4) ? kMaxRows / rows : 1;
+    if (4 * seq.H * x_padded * int64_t(sizeof(Elem)) > kFarBytes && 2 * rows <= kFarRows)
+      chunk_steps = kFarRows / rows;
     if (chunk_steps > seq.T) chunk_steps = seq.T;
-    dense = seq.T * seq.B <= kDenseRows;
-    if (dense) chunk_steps = 1;
     chunk_rows = rows * chunk_steps;
-    copy_input = !dense && (!kSameType || x_padded != seq.I || chunk_steps > 1);
-    x_dense = dense ? round_up(seq.I, V) : 0;
-    h_dense = dense ? round_up(seq.P, V) : 0;
+    ahead = dense || chunk_steps > 1;
+    copy_input = ahead || !kSameType || x_padded != seq.I;
   }
 
   int64_t lay_out(void* workspace) {
@@ -109,9 +113,8 @@ struct ForwardPass {
     Private own;
     own.sums = arena.take<A>(kMaxRows * kWidth);
     const int64_t share_of_blocks = (blocks + team.unit_groups - 1) / team.unit_groups;
-    own.inputs = arena.take<A>((chunk_steps > 1 ? share_of_blocks : 1) * chunk_rows * kWidth);
+    own.inputs = arena.take<A>((ahead ? share_of_blocks : 1) * chunk_rows * kWidth);
     own.x = arena.take<Elem>(copy_input ? chunk_rows * x_stride : 0);
-    own.dense = arena.take<A>(seq.B * (x_dense + h_dense));
     return own;
   }
 
@@ -196,30 +199,28 @@ struct ForwardPass {
     for (int64_t s = 0; s < seq.T; ++s) {
       const int64_t t = a.seq.step(s, false);
       const Range active = rows_at(t, rows);
-      if (dense) {
-        gather_dense(d, s, t, active, own);
-      } else if (s % chunk_steps == 0) {
+      if (s % chunk_steps == 0) {
         inputs_at = 0;
         if (copy_input) gather_inputs(a, s, rows, own);
-        if (chunk_steps > 1) {
+        if (ahead) {
           int64_t count = 0;
           for (int64_t i = s; i < seq.T && i < s + chunk_steps; ++i)
             count += count_of(rows_at(a.seq.step(i, false), rows));
           for (int64_t block = mine.begin; block < mine.end; ++block)
-            input_product(direction[d], block, own.x, x_stride, count,
+            input_product(d, block, own.x, x_stride, count,
                           own.inputs + (block - mine.begin) * chunk_rows * kWidth);
         }
       }
       const int64_t next = s + 1 < seq.T ? seq.rows(a.seq.step(s + 1, false)) : 0;
       for (int64_t block = mine.begin; block < mine.end; ++block) {
         const A* inputs = own.inputs;
-        if (chunk_steps > 1) {
+        if (ahead) {
           inputs += ((block - mine.begin) * chunk_rows + inputs_at) * kWidth;
-        } else if (!dense && !active.empty()) {
+        } else if (!active.empty()) {
           const Elem* x =
               copy_input ? own.x : reinterpret_cast<const Elem*>(input_row(a, t, active.begin));
-          input_product(direction[d], block, x, copy_input ? x_stride : a.input_stride_b,
-                        count_of(active), own.inputs);
+          input_product(d, block, x, copy_input ? x_stride : a.input_stride_b, count_of(active),
+                        own.inputs);
         }
         hidden_step(d, block, s, t, active, next, inputs, own);
       }
@@ -252,41 +253,36 @@ struct ForwardPass {
       const int64_t t = a.seq.step(i, false);
       const Range active = rows_at(t, rows);
       for (int64_t b = active.begin; b < active.end; ++b, to += x_stride)
-        copy_row(input_row(a, t, b), seq.I, to, x_padded);
+        copy_row(input_row(a, t, b), seq.I, to, x_stride);
     }
   }
 
   // inputs[r] = x[r] W_ih^T + b_ih + b_hh for one block of units.
-  void input_product(const Direction& dir, int64_t block, const Elem* x, int64_t stride,
-                     int64_t rows, A* inputs) const {
+  void input_product(int d, int64_t block, const Elem* x, int64_t stride, int64_t rows,
+                     A* inputs) const {
     for (int64_t r = 0, m; r < rows; r += m) {
       m = P::next_rows(rows - r, 4);
-      P::run(int(m), 4,
-             {x + r * stride, stride, P::kStepK, dir.input_panels + block * kWidth * x_padded,
-              x_padded / P::kStepK, dir.bias + block * kWidth, 0, inputs + r * kWidth});
+      product(d, block, int(m), x + r * stride, stride, direction[d].bias + block * kWidth, 0,
+              inputs + r * kWidth, false);
     }
   }
 
-  void gather_dense(int d, int64_t s, int64_t t, const Range& active, Private& own) const {
-    A* to = own.dense;
-    for (int64_t b = active.begin; b < active.end; ++b, to += x_dense + h_dense) {
-      copy_row(input_row(args[d], t, b), seq.I, to, x_dense);
-      copy_row(direction[d].h[s % 2] + b * h_stride, seq.P, to + x_dense, h_dense);
+  // One tile of sums: `rows` rows of x with W_ih, or of h with W_hh, for one block of units.
+  void product(int d, int64_t block, int rows, const Elem* operand, int64_t stride, const A* init,
+               int64_t init_stride, A* out, bool hidden) const {
+    const Direction& dir = direction[d];
+    const int64_t K = hidden ? seq.P : seq.I, padded = hidden ? h_padded : x_padded;
+    if (!dense) {
+      const Elem* panels = hidden ? dir.hidden_panels : dir.input_panels;
+      return P::run(rows, 4,
+                    {operand, stride, P::kStepK, panels + block * kWidth * padded,
+                     padded / P::kStepK, init, init_stride, out});
     }
-  }
-
-  // One tile of gates, straight from the weights.
-  void dense_sums(int d, int64_t block, int rows, const A* operand, A* sums) const {
+    const T* weights = static_cast<const T*>(hidden ? args[d].weight_hh : args[d].weight_ih);
     const int64_t u = block * V;
-    for (int i = 0; i < rows; ++i, operand += x_dense + h_dense)
-      for (int gate = 0; gate < 4; ++gate) {
-        A* out = sums + i * kWidth + gate * V;
-        const int64_t row = gate * seq.H + u;
-        dense_dots(static_cast<const T*>(args[d].weight_ih) + row * seq.I, seq.I, seq.I, operand,
-                   lanes_at<A>(u, seq.H), direction[d].bias + block * kWidth + gate * V, out);
-        dense_dots(static_cast<const T*>(args[d].weight_hh) + row * seq.P, seq.P, seq.P,
-                   operand + x_dense, lanes_at<A>(u, seq.H), out, out);
-      }
+    for (int gate = 0; gate < 4; ++gate)
+      dense_product<T, Elem>(rows, {weights + (gate * seq.H + u) * K, K, K, lanes_at<A>(u, seq.H),
+                                    operand, stride, init + gate * V, init_stride, out + gate * V});
   }
 
   void hidden_step(int d, int64_t block, int64_t s, int64_t t, const Range& active, int64_t next,
@@ -299,14 +295,8 @@ struct ForwardPass {
     const Elem* h = dir.h[s % 2];
     for (int64_t r = active.begin, m; r < active.end; r += m) {
       m = P::next_rows(active.end - r, 4);
-      if (dense) {
-        dense_sums(d, block, int(m), own.dense + (r - active.begin) * (x_dense + h_dense), sums);
-      } else {
-        P::run(
-            int(m), 4,
-            {h + r * h_stride, h_stride, P::kStepK, dir.hidden_panels + block * kWidth * h_padded,
-             h_padded / P::kStepK, inputs + (r - active.begin) * kWidth, kWidth, sums});
-      }
+      product(d, block, int(m), h + r * h_stride, h_stride, inputs + (r - active.begin) * kWidth,
+              kWidth, sums, true);
       if (lanes == V) {
         cells<true>(a, dir, s, first, r, int(m), next, u, lanes, sums);
       } else {
