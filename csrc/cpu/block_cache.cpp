@@ -62,17 +62,32 @@ BlockCache::BlockCache() : limit_(kDefaultLimit) {
 
 BlockCache::Block BlockCache::take(size_t bytes) {
   bytes = size_class(bytes);
+  std::list<Block> found, surplus;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (auto block = free_.rbegin(); block != free_.rend(); ++block) {
-      if (block->bytes != bytes) continue;
-      const Block found = *block;
-      free_.erase(std::next(block).base());
-      kept_ -= found.bytes;
-      return found;
+    auto best = free_.end();  // the smallest that is at most half as large again; of those the last
+    for (auto block = free_.begin(); block != free_.end(); ++block)
+      if (block->bytes >= bytes && block->bytes <= bytes + bytes / 2 &&
+          (best == free_.end() || block->bytes <= best->bytes))
+        best = block;
+    if (best != free_.end()) {
+      bytes = best->bytes;
+      kept_ -= bytes;
+      found.splice(found.end(), free_, best);
     }
+    in_use_ += bytes;
+    if (in_use_ > most_in_use_) most_in_use_ = in_use_;
+    surplus = trim();
   }
-  return {allocate(bytes), bytes};
+  for (const Block& old : surplus) release(old);
+  if (!found.empty()) return found.front();
+  try {
+    return {allocate(bytes), bytes};
+  } catch (...) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    in_use_ -= bytes;
+    throw;
+  }
 }
 
 void BlockCache::give(Block block) {
@@ -81,12 +96,20 @@ void BlockCache::give(Block block) {
     const std::lock_guard<std::mutex> lock(mutex_);
     free_.push_back(block);
     kept_ += block.bytes;
-    while (kept_ > limit_) {
-      kept_ -= free_.front().bytes;
-      surplus.splice(surplus.end(), free_, free_.begin());
-    }
+    in_use_ -= block.bytes;
+    surplus = trim();
   }
   for (const Block& old : surplus) release(old);
+}
+
+std::list<BlockCache::Block> BlockCache::trim() {
+  std::list<Block> surplus;
+  const size_t most = most_in_use_ + most_in_use_ / 4;
+  while (kept_ > limit_ || (kept_ > 0 && kept_ + in_use_ > most)) {
+    kept_ -= free_.front().bytes;
+    surplus.splice(surplus.end(), free_, free_.begin());
+  }
+  return surplus;
 }
 
 }  // namespace fused_lstm::cpu
