@@ -19,9 +19,9 @@
 
 namespace fused_lstm::cpu::FUSED_LSTM_ISA {
 
-// Rows of a whole call up to which packing the weights costs more than it saves: these at most, and
-// fewer where K is short, for a sum across lanes takes as long as some 80 steps of K.
-constexpr int64_t kDenseRows = 64, kDenseK = 10;
+// Rows of a whole call up to which packing the weights may cost more than it saves; where K is
+// short, as many as it has vectors, for a sum across lanes takes as long as some steps of K.
+constexpr int64_t kDenseRows = 64;
 // Bytes of W_ih above which it is worth reading it less often than at every step.
 constexpr int64_t kFarBytes = 4 * kCacheBytes;
 constexpr int64_t kFarRows = 128;  // of x taken together then
@@ -78,7 +78,7 @@ struct ForwardPass {
     projection = ColumnBlocks(seq.projected ? seq.P : 0, V, team.unit_groups);
     const int64_t rows = (seq.B + team.row_groups - 1) / team.row_groups;
     const int64_t all_rows = seq.T * seq.B;
-    dense = all_rows <= kDenseRows && all_rows * kDenseK <= seq.I + seq.P;
+    dense = all_rows <= kDenseRows && all_rows * AlongK<T, Elem>::kStep <= seq.I + seq.P;
     chunk_steps = dense ? seq.T : rows < P::max_rows(4) ? kMaxRows / rows : 1;
     if (4 * seq.H * x_padded * int64_t(sizeof(Elem)) > kFarBytes && 2 * rows <= kFarRows)
       chunk_steps = kFarRows / rows;

@@ -238,4 +238,25 @@ FUSED_LSTM_INLINE Vec<A> sum_each(Vec<A>* v) {
   }
 }
 
+// Exchanges the blocks of half * half lanes off the diagonal of groups of 2 * half vectors.
+template <int half, class V, int... lane>
+FUSED_LSTM_INLINE void swap_blocks(V& a, V& b, std::integer_sequence<int, lane...>) {
+  constexpr int count = int(sizeof...(lane));
+  const V low = __builtin_shufflevector(a, b, (lane & half ? count + lane - half : lane)...);
+  b = __builtin_shufflevector(a, b, (lane & half ? count + lane : lane + half)...);
+  a = low;
+}
+
+// Lane l of v[n] becomes lane n of v[l].
+template <class A, int half = kLanes<A> / 2>
+FUSED_LSTM_INLINE void transpose(Vec<A>* v) {
+  if constexpr (half > 0) {
+#pragma GCC unroll 16
+    for (int l = 0; l < kLanes<A>; ++l)
+      if (!(l & half))
+        swap_blocks<half>(v[l], v[l + half], std::make_integer_sequence<int, kLanes<A>>());
+    transpose<A, half / 2>(v);
+  }
+}
+
 }  // namespace fused_lstm::cpu::FUSED_LSTM_ISA
