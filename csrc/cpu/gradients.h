@@ -113,7 +113,8 @@ struct GradientsPass {
 
   struct Buffers {
     Elem *panels, *rows, *strips, *step;
-    A* sums;  // [strip][block][R][kWidth]
+    A* sums;  // [strip][block][R][kWidth], between chunks
+    A* tile;  // (R, kWidth): sums that are complete
     A* bias;  // (strips * R)
   };
 
@@ -125,7 +126,9 @@ struct GradientsPass {
     buffers.rows = arena.take<Elem>(P::kStepK * job.blocks.padded());
     buffers.strips = arena.take<Elem>(share_of_strips * kStripSize);
     buffers.step = arena.take<Elem>(share_of_strips * R * P::kStepK);
-    buffers.sums = arena.take<A>(share_of_strips * job.blocks.count() * R * kWidth);
+    buffers.sums =
+        arena.take<A>(N > kChunk ? share_of_strips * job.blocks.count() * R * kWidth : 0);
+    buffers.tile = arena.take<A>(R * kWidth + V);
     buffers.bias = arena.take<A>(share_of_strips * R + V);
     return buffers;
   }
@@ -156,19 +159,17 @@ struct GradientsPass {
       pack_strips<P>(job.left + k * job.rows + columns.begin, job.rows, count,
                      columns.end - columns.begin, buffers.strips, kStripSize, buffers.step);
       if (bias) add_rows(job, k, count, columns, buffers.bias);
+      const bool last = k + kChunk >= N;
       for (int64_t block = 0; block < job.blocks.count(); ++block)
         for (int64_t s = 0; s < mine.end - mine.begin; ++s) {
           A* sums = buffers.sums + (s * job.blocks.count() + block) * R * kWidth;
           P::run(R, job.blocks.vectors_of(block),
                  {buffers.strips + s * kStripSize, P::strip_stride(count), P::strip_step(),
                   buffers.panels + job.blocks.first(block) * padded, padded / P::kStepK,
-                  k ? sums : zeros, k ? kWidth : 0, sums});
+                  k ? sums : zeros, k ? kWidth : 0, last ? buffers.tile : sums});
+          if (last) emit(args[d], projection, job, (mine.begin + s) * R, block, buffers.tile);
         }
     }
-    for (int64_t s = mine.begin; s < mine.end; ++s)
-      for (int64_t r = 0; r < R && s * R + r < job.rows; ++r)
-        emit(args[d], projection, job, s * R + r,
-             buffers.sums + (s - mine.begin) * job.blocks.count() * R * kWidth + r * kWidth);
     for (int64_t m = columns.begin; bias && m < columns.end; m += V)
       store_lanes<false>(static_cast<T*>(args[d].grad_bias) + m,
                          load(buffers.bias + m - columns.begin), lanes_at<A>(m, columns.end));
@@ -228,23 +229,20 @@ struct GradientsPass {
     }
   }
 
-  // Row m of the result, its blocks R * kWidth apart, into the gradients it consists of.
-  void emit(const Gradients& a, bool projection, const Job& job, int64_t m, const A* sums) const {
-    int64_t column = 0;
-    auto take = [&](void* gradient, int64_t count) {
+  // R rows of one block of the result, from row m on, into the gradients they consist of.
+  void emit(const Gradients& a, bool projection, const Job& job, int64_t m, int64_t block,
+            const A* tile) const {
+    const int64_t first = job.blocks.first(block), end = first + job.blocks.vectors_of(block) * V;
+    int64_t column = 0;  // where the gradient begins
+    const auto take = [&](void* gradient, int64_t count) {
       if (!gradient) return;
-      T* to = static_cast<T*>(gradient) + m * count;
-      for (int64_t n = 0; n < count;) {
-        const int64_t block = column / job.blocks.width(), at = column % job.blocks.width();
-        int64_t run = job.blocks.width() - at;
-        if (run > count - n) run = count - n;
-        if (run > V) run = V;
-        A padded[V] = {};
-        memcpy(padded, sums + block * R * kWidth + at, size_t(run) * sizeof(A));
-        store_part(to + n, load(padded), int(run));
-        n += run;
-        column += run;
-      }
+      const int64_t from = first > column ? first : column;
+      const int64_t to = end < column + count ? end : column + count;
+      for (int64_t r = 0; r < R && m + r < job.rows; ++r)
+        for (int64_t n = from; n < to; n += V)
+          store_lanes<false>(static_cast<T*>(gradient) + (m + r) * count + n - column,
+                             load(tile + r * kWidth + n - first), lanes_at<A>(n, to));
+      column += count;
     };
     if (projection) return take(a.grad_weight_hr, seq.H);
     take(a.grad_weight_ih, seq.I);

@@ -89,6 +89,13 @@ FUSED_LSTM_INLINE Vec<float> load(const BFloat16* p) {
   return load_raw<Vec<float>>(&wide);
 }
 
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+// Subnormal numbers become zero, as in this set's products.
+FUSED_LSTM_INLINE void store(BFloat16* p, Vec<float> v) {
+  const __m256bh narrow = _mm512_cvtneps_pbh((__m512)v);
+  memcpy(p, &narrow, sizeof narrow);
+}
+#else
 FUSED_LSTM_INLINE void store(BFloat16* p, Vec<float> v) {
   using U = VecOf<float>::ubits;
   U bits = load_raw<U>(&v);
@@ -98,6 +105,7 @@ FUSED_LSTM_INLINE void store(BFloat16* p, Vec<float> v) {
   auto narrow = __builtin_convertvector(rounded >> 16, VecOf<float>::half);
   memcpy(p, &narrow, sizeof narrow);
 }
+#endif
 
 #if defined(__AVX512F__)
 FUSED_LSTM_INLINE Vec<float> load(const Half* p) {
@@ -182,7 +190,7 @@ FUSED_LSTM_INLINE void store_part(T* p, Vec<Acc<T>> v, int count) {
 
 template <class T, bool whole>
 FUSED_LSTM_INLINE Vec<Acc<T>> load_lanes(const T* p, int count) {
-  if constexpr (whole) {
+  if (whole || count == kLanes<Acc<T>>) {
     return load(p);
   } else {
     return load_part(p, count);
@@ -190,7 +198,7 @@ FUSED_LSTM_INLINE Vec<Acc<T>> load_lanes(const T* p, int count) {
 }
 template <bool whole, class T>
 FUSED_LSTM_INLINE void store_lanes(T* p, Vec<Acc<T>> v, int count) {
-  if constexpr (whole) {
+  if (whole || count == kLanes<Acc<T>>) {
     store(p, v);
   } else {
     store_part(p, v, count);
