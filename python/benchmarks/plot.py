@@ -194,12 +194,18 @@ def bars(axes: Axes, rows: Rows) -> None:
 
 
 def save(drawing: Figure, path: Path) -> None:
-    """The same bytes from the same result: no date, no random names."""
+    """The same bytes from the same result: no date, no random names. 64 colours are a third of a
+    PNG's size."""
     import matplotlib
+    from PIL import Image
 
     metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
     with matplotlib.rc_context({"svg.hashsalt": "fused_lstm", "svg.fonttype": "none"}):
         drawing.savefig(path, dpi=90, metadata=metadata)
+    if path.suffix == ".png":
+        with Image.open(path) as picture:
+            few = picture.convert("RGB").quantize(64)
+        few.save(path, optimize=True)
 
 
 @click.command()
