@@ -68,7 +68,7 @@ struct Backward {
   const void* c_0;        // (B, H)
   const void* gates;      // (N, 4H), as the forward saved them
   const void* cells;      // (N, H), as the forward saved them
-  void* dgates;           // (N, 4H) out: gradient of the gates before their activation
+  void* dgates;           // (N, 4H) out: gradient of the gates before the activation; may be gates
   void* grad_h_0;         // (B, P) out, null where not wanted: a step's product is saved
   void* grad_c_0;         // (B, H) out
   void* hidden;           // (N, H) out: o tanh(c), for the projection's gradient; null without it

@@ -124,6 +124,7 @@ struct BackwardCall : LayerCall {
   std::vector<at::Tensor> flat_weights;
   std::vector<bool> needs;  // input, h_0, c_0, then the weights
   int64_t each;             // weights of a direction
+  bool consume;             // gates may be written to
 
   BackwardCall(const std::optional<at::Tensor>& given_grad_output,
                const std::optional<at::Tensor>& given_grad_h_n,
@@ -131,7 +132,7 @@ struct BackwardCall : LayerCall {
                const std::optional<at::Tensor>& batch_sizes, const at::Tensor& h_0,
                const at::Tensor& c_0, at::TensorList weights, const at::Tensor& given_output,
                const at::Tensor& given_gates, const at::Tensor& given_cells,
-               const c10::List<bool>& given_needs)
+               const c10::List<bool>& given_needs, bool may_consume)
       : LayerCall(input, batch_sizes, h_0, c_0, weights),
         grad_output(dense_rows(value(given_grad_output))),
         grad_h_n(contiguous(value(given_grad_h_n))),
@@ -141,7 +142,8 @@ struct BackwardCall : LayerCall {
         cells(given_cells.contiguous()),
         flat_weights(weights.vec()),
         needs(given_needs.begin(), given_needs.end()),
-        each(int64_t(weights.size()) / layer.directions) {
+        each(int64_t(weights.size()) / layer.directions),
+        consume(may_consume) {
     TORCH_CHECK(needs.size() == 3 + weights.size(),
                 "fused_lstm: needs must say it for input, h_0, c_0 and each of ", weights.size(),
                 " weights, got ", needs.size());
@@ -204,16 +206,27 @@ struct Operators {
       const at::Tensor& c_0, at::TensorList weights, const at::Tensor& output,
       const at::Tensor& gates, const at::Tensor& cells, c10::List<bool> needs) {
     const BelowAutograd guard;
-    const BackwardCall call(grad_output, grad_h_n, grad_c_n, input, batch_sizes, h_0, c_0, weights,
-                            output, gates, cells, needs);
-    LayerGradients grads = call.layer.N > 0 ? backward(call) : LayerGradients(call, no_rows_sum);
-    return {grads.input, grads.h_0, grads.c_0, std::move(grads.weights)};
+    return run({grad_output, grad_h_n, grad_c_n, input, batch_sizes, h_0, c_0, weights, output,
+                gates, cells, needs, false});
+  }
+
+  static std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>>
+  lstm_backward_consuming(const Optional& grad_output, const Optional& grad_h_n,
+                          const Optional& grad_c_n, const at::Tensor& input,
+                          const Optional& batch_sizes, const at::Tensor& h_0, const at::Tensor& c_0,
+                          at::TensorList weights, const at::Tensor& output, at::Tensor& gates,
+                          const at::Tensor& cells, c10::List<bool> needs) {
+    const BelowAutograd guard;
+    gates.unsafeGetTensorImpl()->bump_version();  // for whoever saved them elsewhere, too
+    return run({grad_output, grad_h_n, grad_c_n, input, batch_sizes, h_0, c_0, weights, output,
+                gates, cells, needs, true});
   }
 
   static void implement(torch::Library& m) {
     m.impl("lstm_inference", &lstm_inference);
     m.impl("lstm_forward", &lstm_forward);
     m.impl("lstm_backward", &lstm_backward);
+    m.impl("lstm_backward_consuming", &lstm_backward_consuming);
   }
 
  private:
@@ -229,6 +242,11 @@ struct Operators {
       return at::empty(shape, options);
     };
     return call.layer.N > 0 ? forward(call) : Results(call, empty);
+  }
+  static std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> run(
+      const BackwardCall& call) {
+    LayerGradients grads = call.layer.N > 0 ? backward(call) : LayerGradients(call, no_rows_sum);
+    return {grads.input, grads.h_0, grads.c_0, std::move(grads.weights)};
   }
   static at::Tensor no_rows_sum(at::IntArrayRef shape, const at::TensorOptions& options) {
     return at::zeros(shape, options);

@@ -1,14 +1,13 @@
 """`lstm(...)`: checks, autocast, layers and directions, dropout between layers."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backends import KERNEL_DTYPES, choose
-from .ops import OPERATORS, recorded, transform_under_way
+from .ops import OPERATORS, RECORDED, transform_under_way
 from .reference import lstm_layer
 
 _any_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -183,7 +182,7 @@ def _layer_function(
     ):
         if _is_compiling() or torch.jit.is_tracing():
             return OPERATORS[backend].lstm_forward
-        return partial(recorded, OPERATORS[backend])
+        return RECORDED[backend]
     return OPERATORS[backend].lstm_inference
 
 

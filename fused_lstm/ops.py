@@ -1,7 +1,7 @@
-"""What torch must know of the three operators: shapes, gradients, vmap, FLOP counts.
+"""What torch must know of the operators: shapes, gradients, vmap, FLOP counts.
 
 The operators themselves, one LSTM layer with all its directions each, are registered by the
-compiled part; csrc/schemas.h holds their schemas. Triton's kernels are three more of the same:
+compiled part; csrc/schemas.h holds their schemas. Triton's kernels are as many more of the same:
 on a GPU that both serve, a backward must be of the backend that ran the forward. Shapes here: T
 steps, B sequences, I inputs, H cells, P outputs of one direction (H without projection), D
 directions, N rows (T*B, or packed).
@@ -27,6 +27,7 @@ class Operators(NamedTuple):
     lstm_inference: OpOverload
     lstm_forward: OpOverload
     lstm_backward: OpOverload
+    lstm_backward_consuming: OpOverload
 
 
 def _operators(namespace: str) -> Operators:
@@ -45,6 +46,11 @@ _of_triton = _operators("fused_lstm_triton")
 
 # By the name of the backend.
 OPERATORS = {"cpu": _compiled, "cuda": _compiled, "triton": _of_triton}
+
+# Its `lstm_forward` for calls that are neither compiled nor traced: recorded by csrc/autograd.cpp,
+# without gates and cells. What it takes from here is below, `lstm_backward_by_reference`.
+_recorded = torch.ops.fused_lstm.lstm_recorded.default
+RECORDED = {name: partial(_recorded, name == "triton") for name in OPERATORS}
 
 
 # --- shapes, for torch.compile, FakeTensor and the meta device ------------------------------------
@@ -116,87 +122,49 @@ def _backward(
     grad_gates: None,
     grad_cells: None,
 ) -> tuple[Any, ...]:
+    input, batch_sizes, h_0, c_0, output, gates, cells, *weights = ctx.saved_tensors
     needs_input, _, needs_h_0, needs_c_0, needs_weights = ctx.needs_input_grad
     needs = [needs_input, needs_h_0, needs_c_0, *needs_weights]
-    grads = _gradients(lstm_backward, ctx.saved_tensors, (grad_output, grad_h_n, grad_c_n), needs)
+    given = (grad_output, grad_h_n, grad_c_n, input, batch_sizes, h_0, c_0, weights)
+    if transform_under_way() or any(map(_is_batched, given[:3])):
+        *states, of_weights = _backward_by_reference(*given, needs)
+    else:
+        *states, of_weights = lstm_backward(*given, output, gates, cells, needs)
+    found = (*states, *of_weights)
+    grads = [grad if need else None for grad, need in zip(found, needs, strict=True)]
     return grads[0], None, grads[1], grads[2], grads[3:]
 
 
-class _Recorded(torch.autograd.Function):
-    """What `lstm_forward` is to autograd, for eager calls: torch.library's way to the same formula
-    flattens its arguments as a tree, and costs as much as a short sequence (one step, H 96, with
-    its backward: see csrc/cpu/README.md)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        operators: Operators,
-        input: Tensor,
-        batch_sizes: Tensor | None,
-        h_0: Tensor,
-        c_0: Tensor,
-        *weights: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            output, h_n, c_n, gates, cells = operators.lstm_forward(
-                input, batch_sizes, h_0, c_0, weights
-            )
-        ctx.lstm_backward = operators.lstm_backward
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, batch_sizes, h_0, c_0, output, gates, cells, *weights)
-        return output, h_n, c_n
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None
-    ) -> tuple[Any, ...]:
-        _, needs_input, _, *needs_others = ctx.needs_input_grad
-        grads = _gradients(
-            ctx.lstm_backward,
-            ctx.saved_tensors,
-            (grad_output, grad_h_n, grad_c_n),
-            [needs_input, *needs_others],
-        )
-        return None, grads[0], None, *grads[1:]
-
-
-def recorded(
-    operators: Operators,
+def _backward_by_reference(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
     input: Tensor,
     batch_sizes: Tensor | None,
     h_0: Tensor,
     c_0: Tensor,
     weights: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`lstm_forward` of these operators, recorded by autograd, without gates and cells. Not for
-    calls that are being compiled or traced: those want the operator itself."""
-    return _Recorded.apply(operators, input, batch_sizes, h_0, c_0, *weights)
-
-
-def _gradients(
-    lstm_backward: OpOverload,
-    saved: Sequence[Any],
-    grads_of_results: Sequence[Tensor | None],
     needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """Of input, h_0, c_0 and the weights, from what the forward saved; None where not needed."""
-    input, batch_sizes, h_0, c_0, output, gates, cells, *weights = saved
-    if transform_under_way() or any(map(_is_batched, grads_of_results)):
-        # vmap, for the Jacobian of what was recorded outside: the operator has no batching rule.
-        with torch.autocast(input.device.type, enabled=False):
-            return _reference_gradients(
-                grads_of_results, (input, h_0, c_0, *weights), batch_sizes, needs
-            )
-    arguments = (
-        *grads_of_results, input, batch_sizes, h_0, c_0, weights, output, gates, cells, needs
-    )  # fmt: skip
-    if torch.is_grad_enabled():  # the gradients are to be differentiated again
-        *states, of_weights = lstm_backward(*arguments)
-    else:
-        with torch._C._AutoDispatchBelowAutograd():
-            *states, of_weights = lstm_backward(*arguments)
-    found = (*states, *of_weights)
-    return [grad if need else None for grad, need in zip(found, needs, strict=True)]
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """`lstm_backward` under vmap, for which it has no batching rule: the Jacobian of what was
+    recorded outside."""
+    with torch.autocast(input.device.type, enabled=False):
+        found = _reference_gradients(
+            (grad_output, grad_h_n, grad_c_n), (input, h_0, c_0, *weights), batch_sizes, needs
+        )
+    grads = [input.new_empty((0,)) if grad is None else grad for grad in found]
+    return grads[0], grads[1], grads[2], grads[3:]
+
+
+# For csrc/autograd.cpp, which calls this kernel, wherever the tensors are: dispatching the operator
+# would apply the transforms to it.
+_from_here = torch.library.Library("fused_lstm", "FRAGMENT")
+_from_here.define(
+    "lstm_backward_by_reference(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, "
+    "Tensor input, Tensor? batch_sizes, Tensor h_0, Tensor c_0, Tensor[] weights, bool[] needs)"
+    " -> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)"
+)
+_from_here.impl("lstm_backward_by_reference", _backward_by_reference, "CPU")
 
 
 def _reference_gradients(
@@ -322,6 +290,7 @@ for _each in (_compiled, _of_triton):
     torch.library.register_fake(_each.lstm_inference)(_inference_shapes)
     torch.library.register_fake(_each.lstm_forward)(_forward_shapes)
     torch.library.register_fake(_each.lstm_backward)(_backward_shapes)
+    torch.library.register_fake(_each.lstm_backward_consuming)(_backward_shapes)
     torch.library.register_autograd(
         _each.lstm_forward, partial(_backward, _each.lstm_backward), setup_context=_save_forward
     )
@@ -331,4 +300,6 @@ for _each in (_compiled, _of_triton):
     register_flop_formula([_each.lstm_inference.overloadpacket, _each.lstm_forward.overloadpacket])(
         _forward_flops
     )
-    register_flop_formula(_each.lstm_backward.overloadpacket)(_backward_flops)
+    register_flop_formula(
+        [_each.lstm_backward.overloadpacket, _each.lstm_backward_consuming.overloadpacket]
+    )(_backward_flops)

@@ -14,7 +14,7 @@ import torch
 
 import fused_lstm
 
-OPERATORS = ("lstm_inference", "lstm_forward", "lstm_backward")
+OPERATORS = ("lstm_inference", "lstm_forward", "lstm_backward", "lstm_backward_consuming")
 
 
 def main() -> str:

@@ -246,6 +246,11 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
         torch.library.opcheck(
             torch.ops.fused_lstm.lstm_backward.default, (*given, *plain, *saved, needs)
         )
+        torch.library.opcheck(  # never compiled: AOTAutograd takes no mutable operator with a list
+            torch.ops.fused_lstm.lstm_backward_consuming.default,
+            (*given, *plain, *saved, needs),
+            test_utils=["test_schema", "test_autograd_registration", "test_faketensor"],
+        )
 
 
 def test_opcheck_of_double_backward() -> None:

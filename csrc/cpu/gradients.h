@@ -9,9 +9,11 @@
 // core where MKL meets an AMD processor, and its half GEMM has no vector code at all. Threads split
 // the rows of the result, so no sum is shared and none depends on their number. K is cut into
 // chunks that fit the second-level cache; a chunk's x and h_{t-1} are packed as panels from where
-// they lie (any strides, packed or not, h_0 at the ends).
+// they lie (any strides, packed or not, h_0 at the ends). Calls of a few rows go another way:
+// gradients_few.h.
 #pragma once
 
+#include "gradients_few.h"
 #include "team.h"
 
 namespace fused_lstm::cpu::FUSED_LSTM_ISA {
@@ -63,6 +65,11 @@ struct GradientsPass {
   int64_t lay_out(void* workspace) {
     Arena arena{static_cast<char*>(workspace)};
     barriers = arena.take<Barrier>(1);
+    if (N <= kFewRows) {
+      private_base = static_cast<char*>(workspace) + arena.used;
+      private_bytes = round_up(few_rows().workspace(), 4096);
+      return arena.used + private_bytes * threads;
+    }
     for (int d = 0; d < directions; ++d)
       input_panels[d] = arena.take<Elem>(input_columns.padded() * g_padded);
     private_base = static_cast<char*>(workspace) + arena.used;
@@ -85,6 +92,7 @@ struct GradientsPass {
   void run(int thread) const {
     if (thread >= threads) return;
     char* own = private_base + thread * private_bytes;
+    if (N <= kFewRows) return few_rows().run(thread, reinterpret_cast<A*>(own));
     for (int d = 0; d < directions; ++d)
       for (int64_t b = thread; b < input_columns.count(); b += threads) {
         const int64_t first = input_columns.first(b);
@@ -101,6 +109,8 @@ struct GradientsPass {
     }
     P::end();
   }
+
+  FewRowsGradients<T> few_rows() const { return {args, seq, directions, threads, N}; }
 
   Job job_of(int d, bool projection) const {
     const Gradients& a = args[d];

@@ -97,7 +97,9 @@ LayerGradients backward(const BackwardCall& call) {
   LayerGradients grads(call, buffer);
   // written whether it is wanted or not
   const at::Tensor grad_c_0 = call.needs[2] ? grads.c_0 : at::empty(call.c_0.sizes(), call.options);
-  const at::Tensor dgates = buffer({D, layer.N, 4 * layer.H}, call.options);
+  // each cell's gates are read, for the last time, before its dgates are written
+  const at::Tensor dgates =
+      call.consume ? call.gates : buffer({D, layer.N, 4 * layer.H}, call.options);
   at::Tensor hidden, grad_projected;
   if (layer.projected) {
     hidden = buffer({D, layer.N, layer.H}, call.options);
