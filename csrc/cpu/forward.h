@@ -23,7 +23,7 @@ namespace fused_lstm::cpu::FUSED_LSTM_ISA {
 // short, as many as it has vectors, for a sum across lanes takes as long as some steps of K.
 constexpr int64_t kDenseRows = 64;
 // Bytes of W_ih above which it is worth reading it less often than at every step.
-constexpr int64_t kFarBytes = 4 * kCacheBytes;
+constexpr int64_t kFarBytes = 8 * kCacheBytes;
 constexpr int64_t kFarRows = 128;  // of x taken together then
 
 template <class T>
