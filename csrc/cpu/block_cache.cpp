@@ -61,31 +61,32 @@ BlockCache::BlockCache() : limit_(kDefaultLimit) {
 }
 
 BlockCache::Block BlockCache::take(size_t bytes) {
-  bytes = size_class(bytes);
-  std::list<Block> found, surplus;
+  Block found{nullptr, size_class(bytes)};
+  std::list<Block> surplus;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
+    const size_t most = found.bytes + found.bytes / 2;
     auto best = free_.end();  // the smallest that is at most half as large again; of those the last
     for (auto block = free_.begin(); block != free_.end(); ++block)
-      if (block->bytes >= bytes && block->bytes <= bytes + bytes / 2 &&
+      if (block->bytes >= found.bytes && block->bytes <= most &&
           (best == free_.end() || block->bytes <= best->bytes))
         best = block;
     if (best != free_.end()) {
-      bytes = best->bytes;
-      kept_ -= bytes;
-      found.splice(found.end(), free_, best);
+      found = *best;
+      free_.erase(best);
+      kept_ -= found.bytes;
     }
-    in_use_ += bytes;
+    in_use_ += found.bytes;
     if (in_use_ > most_in_use_) most_in_use_ = in_use_;
     surplus = trim();
   }
   for (const Block& old : surplus) release(old);
-  if (!found.empty()) return found.front();
+  if (found.data) return found;
   try {
-    return {allocate(bytes), bytes};
+    return {allocate(found.bytes), found.bytes};
   } catch (...) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    in_use_ -= bytes;
+    in_use_ -= found.bytes;
     throw;
   }
 }
@@ -105,7 +106,7 @@ void BlockCache::give(Block block) {
 std::list<BlockCache::Block> BlockCache::trim() {
   std::list<Block> surplus;
   const size_t most = most_in_use_ + most_in_use_ / 4;
-  while (kept_ > limit_ || (kept_ > 0 && kept_ + in_use_ > most)) {
+  while (kept_ > limit_ || kept_ + in_use_ > most) {  // in_use_ alone never is
     kept_ -= free_.front().bytes;
     surplus.splice(surplus.end(), free_, free_.begin());
   }
