@@ -53,7 +53,8 @@ static __attribute__((noinline)) void dense_tile(const DenseTile<T, Elem>& tile)
   using Dot = AlongK<T, Elem>;
   using A = Acc<T>;
   constexpr int V = kLanes<A>;
-  constexpr int kAtOnce = V < 4 || MR > 3 ? (V < 4 ? V : 4) : V < 8 || kRegisters < 32 ? 4 : 8;
+  constexpr int kMost = MR > 3 || kRegisters < 32 ? 4 : 8;  // rows whose sums the registers hold
+  constexpr int kAtOnce = V < kMost ? V : kMost;
   const int64_t whole = tile.K / Dot::kStep * Dot::kStep;
   const int rest = int(tile.K - whole);
   Vec<A> total[MR][V] = {};
@@ -91,13 +92,11 @@ FUSED_LSTM_INLINE void dense_tile_of(int rows, const DenseTile<T, Elem>& tile) {
   if constexpr (MR > 1) return dense_tile_of<T, Elem, MR - 1>(rows, tile);
 }
 
-// Any number of rows, cut as evenly as can be.
+// Any number of rows.
 template <class T, class Elem>
 static void dense_product(int rows, DenseTile<T, Elem> tile) {
-  constexpr int kMost = kRowsFor<4>;
   for (int left = rows, m; left > 0; left -= m) {
-    const int tiles = (left + kMost - 1) / kMost;
-    m = (left + tiles - 1) / tiles;
+    m = even_rows(left, kRowsFor<4>);
     dense_tile_of<T, Elem>(m, tile);
     tile.operand += m * tile.operand_stride;
     tile.init += m * tile.init_stride;

@@ -207,18 +207,8 @@ struct GradientsPass {
     Elem* end = row + job.blocks.padded();
     if (there && projection) row = append(static_cast<const T*>(a.hidden) + k * seq.H, seq.H, row);
     if (there && !projection) {
-      if (a.grad_weight_ih)
-        row = append(
-            static_cast<const T*>(a.input) + seq.offset(t, b, a.input_stride_t, a.input_stride_b),
-            seq.I, row);
-      if (a.grad_weight_hh) {
-        const int64_t before = a.seq.reverse ? t + 1 : t - 1;
-        const bool first = before < 0 || before >= seq.T || b >= seq.rows(before);
-        row = append(
-            first ? static_cast<const T*>(a.h_0) + b * seq.P
-                  : static_cast<const T*>(a.output) + (seq.first_row(before) + b) * a.output_stride,
-            seq.P, row);
-      }
+      if (a.grad_weight_ih) row = append(input_of<T>(a, t, b), seq.I, row);
+      if (a.grad_weight_hh) row = append(hidden_before<T>(a, t, b), seq.P, row);
     }
     memset(row, 0, size_t(end - row) * sizeof(Elem));
   }

@@ -10,6 +10,19 @@ namespace fused_lstm::cpu::FUSED_LSTM_ISA {
 // Rows of a whole call up to which this is faster.
 constexpr int kFewRows = 8;
 
+// What row b of step t multiplies in dW: x_t and h_{t-1}.
+template <class T>
+FUSED_LSTM_INLINE const T* input_of(const Gradients& a, int64_t t, int64_t b) {
+  return static_cast<const T*>(a.input) + a.seq.offset(t, b, a.input_stride_t, a.input_stride_b);
+}
+template <class T>
+FUSED_LSTM_INLINE const T* hidden_before(const Gradients& a, int64_t t, int64_t b) {
+  const int64_t before = a.seq.reverse ? t + 1 : t - 1;
+  const bool first = before < 0 || before >= a.seq.T || b >= a.seq.rows(before);
+  return first ? static_cast<const T*>(a.h_0) + b * a.seq.P
+               : static_cast<const T*>(a.output) + (a.seq.first_row(before) + b) * a.output_stride;
+}
+
 template <class T>
 struct FewRowsGradients {
   using A = Acc<T>;
@@ -35,20 +48,11 @@ struct FewRowsGradients {
       const Gradients& a = args[d];
       const T* dgates = static_cast<const T*>(a.dgates);
       if (a.grad_weight_ih) {
-        fill(seq.I, own, [&](int64_t, int64_t t, int64_t b) {
-          return static_cast<const T*>(a.input) +
-                 seq.offset(t, b, a.input_stride_t, a.input_stride_b);
-        });
+        fill(seq.I, own, [&](int64_t, int64_t t, int64_t b) { return input_of<T>(a, t, b); });
         outer_products(dgates, G, mine, own, seq.I, a.grad_weight_ih);
       }
       if (a.grad_weight_hh) {
-        fill(seq.P, own, [&](int64_t, int64_t t, int64_t b) {
-          const int64_t before = a.seq.reverse ? t + 1 : t - 1;
-          const bool first = before < 0 || before >= seq.T || b >= seq.rows(before);
-          return first ? static_cast<const T*>(a.h_0) + b * seq.P
-                       : static_cast<const T*>(a.output) +
-                             (seq.first_row(before) + b) * a.output_stride;
-        });
+        fill(seq.P, own, [&](int64_t, int64_t t, int64_t b) { return hidden_before<T>(a, t, b); });
         outer_products(dgates, G, mine, own, seq.P, a.grad_weight_hh);
       }
       if (a.grad_weight_hr) {
@@ -148,12 +152,11 @@ struct FewRowsGradients {
     for (int64_t m = begin; m < end; ++m) {
       const T* row = w + m * seq.I;
       // a row's last vector takes in what lies behind it, but for the last rows
-      const int64_t last = (4 * seq.H - m) * seq.I - column - (vectors - 1) * V;
+      const int lanes = lanes_at<A>(column + (vectors - 1) * V, (4 * seq.H - m) * seq.I);
       Vec<A> weights[vectors];
 #pragma GCC unroll 4
       for (int v = 0; v < vectors - 1; ++v) weights[v] = load(row + v * V);
-      weights[vectors - 1] =
-          load_lanes<T, false>(row + (vectors - 1) * V, last < V ? int(last) : V);
+      weights[vectors - 1] = load_lanes<T, false>(row + (vectors - 1) * V, lanes);
 #pragma GCC unroll 4
       for (int r = 0; r < rows; ++r) {
         const Vec<A> factor = splat<A>(to_acc(dgates[r * 4 * seq.H + m]));

@@ -5,12 +5,6 @@
 
 namespace fused_lstm::cpu::FUSED_LSTM_ISA {
 
-FUSED_LSTM_INLINE void convert(const float& from, float& to) { to = from; }
-FUSED_LSTM_INLINE void convert(const double& from, double& to) { to = from; }
-FUSED_LSTM_INLINE void convert(const BFloat16& from, BFloat16& to) { to = from; }
-FUSED_LSTM_INLINE void convert(const BFloat16& from, float& to) { to = to_acc(from); }
-FUSED_LSTM_INLINE void convert(const Half& from, float& to) { to = to_acc(from); }
-
 // Copies one row into the product's type, zero-filled up to padded elements.
 template <class T, class Elem>
 FUSED_LSTM_INLINE void copy_row(const T* from, int64_t count, Elem* to, int64_t padded) {
@@ -20,7 +14,7 @@ FUSED_LSTM_INLINE void copy_row(const T* from, int64_t count, Elem* to, int64_t 
     constexpr int V = kLanes<Elem>;
     int64_t k = 0;
     for (; k + V <= count; k += V) store(to + k, load(from + k));
-    for (; k < count; ++k) convert(from[k], to[k]);
+    for (; k < count; ++k) to[k] = to_acc(from[k]);
   }
   if (padded > count) memset(to + count, 0, size_t(padded - count) * sizeof(Elem));
 }

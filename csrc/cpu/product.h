@@ -141,6 +141,14 @@ FUSED_LSTM_INLINE void vector_rows(int rows,
   if constexpr (MR > 1) return vector_rows<Dot, NV, MR - 1>(rows, tile);
 }
 
+// Rows of the next tile when `left` of them are to be cut into tiles of at most `most`: as even as
+// can be, for a last tile of one or two rows waits for its panel, 256 bytes a step from the
+// second-level cache, and takes as long as one of four.
+FUSED_LSTM_INLINE int even_rows(int64_t left, int64_t most) {
+  const int64_t tiles = (left + most - 1) / most;
+  return int((left + tiles - 1) / tiles);
+}
+
 template <class Dot>
 struct Product {
   using Elem = typename Dot::Elem;
@@ -153,13 +161,7 @@ struct Product {
            : vectors == 2 ? kRowsFor<2>
                           : kRowsFor<1>;
   }
-  // Rows of the next tile when `left` of them are to be cut: as even as can be, for a last tile of
-  // one or two rows waits for its panel, 256 bytes a step from the second-level cache, and takes as
-  // long as one of four.
-  static int next_rows(int64_t left, int vectors) {
-    const int64_t most = max_rows(vectors), tiles = (left + most - 1) / most;
-    return int((left + tiles - 1) / tiles);
-  }
+  static int next_rows(int64_t left, int vectors) { return even_rows(left, max_rows(vectors)); }
   // Called once by each thread after its last product.
   static void end() {}
 
