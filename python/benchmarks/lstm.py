@@ -83,19 +83,7 @@ def main(
     roofs = SUITES[suite].roofline and device == "cpu"
 
     place = torch.device(device)
-    document: dict[str, Any] = {
-        "format": report.FORMAT,
-        "benchmark": "lstm",
-        "suite": suite,
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "machine": machine.machine(place),
-        "versions": machine.versions(place),
-        "environment": machine.environment(),
-        "load": machine.load(),
-        **machine.commit(),
-        "rows": [],
-    }
+    document = machine.document("lstm", suite, place, torch.get_num_threads())
     click.echo(report.preamble(document))
     if (document["load"] or 0) > 0.5:
         click.echo("Other programs are running: times will be longer and vary more.", err=True)

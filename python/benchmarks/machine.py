@@ -118,6 +118,23 @@ def commit(folder: Path = Path(__file__).parent) -> dict[str, Any]:
         return {}
 
 
+def document(benchmark: str, suite: str, device: torch.device, threads: int) -> dict[str, Any]:
+    """A report of this process and this machine, without rows yet: report.py says what is in it."""
+    return {
+        "format": report.FORMAT,
+        "benchmark": benchmark,
+        "suite": suite,
+        "device": device.type,
+        "threads": threads,
+        "machine": machine(device),
+        "versions": versions(device),
+        "environment": environment(),
+        "load": load(),
+        **commit(),
+        "rows": [],
+    }
+
+
 def _output(command: list[str]) -> str:
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return done.stdout.strip()

@@ -134,19 +134,7 @@ def main(
     if keep and names:
         raise click.UsageError("--keep is for a whole suite: no --case.")
     place, count = torch.device("cpu"), threads or torch.get_num_threads()
-    document: dict[str, Any] = {
-        "format": report.FORMAT,
-        "benchmark": "memory",
-        "suite": suite,
-        "device": "cpu",
-        "threads": count,
-        "machine": machine.machine(place),
-        "versions": machine.versions(place),
-        "environment": machine.environment(),
-        "load": machine.load(),
-        **machine.commit(),
-        "rows": [],
-    }
+    document = machine.document("memory", suite, place, count)
     click.echo(report.preamble(document))
     heads = "".join(f"{head:>11}" for head in ("nn.LSTM MiB", "fused MiB", "output MiB"))
     click.echo(f"\n{'case':<55} dtype {'pass':<17}{heads}   ratio")
