@@ -191,3 +191,17 @@ def assert_close(
         if not error <= allowed:  # NaN is a problem, too
             problems.append(f"{name}: error {error:.3g}, allowed {allowed:.3g}, nn.LSTM {own:.3g}")
     assert not problems, "; ".join(problems)
+
+
+def inputs_of(lstm: nn.LSTM, args: Arguments) -> tuple[Any, ...]:
+    """What the operators take: input, batch_sizes, h_0, c_0, weights."""
+    hx = args.hx or tuple(torch.zeros_like(c) for c in args.cotangents[1:])
+    batch_sizes = args.layout.batch_sizes if args.layout is not None else None
+    weights = [parameter.detach() for parameter in lstm.parameters()]
+    return (args.input.detach(), batch_sizes, *(state.detach() for state in hx), weights)
+
+
+def assert_same_bits(found: dict[str, Tensor], other: dict[str, Tensor], what: object) -> None:
+    for name, tensor in found.items():
+        bits = [t.contiguous().view(torch.uint8) for t in (tensor, other[name])]
+        assert torch.equal(*bits), f"{name} has other bits: {what}"

@@ -17,8 +17,15 @@ from pathlib import Path
 import pytest
 import test_activations as activations
 import torch
-from parity import DTYPES, Arguments, Options, check, results
-from test_cuda_emulation import assert_same_bits, inputs_of
+from parity import (
+    DTYPES,
+    Arguments,
+    Options,
+    assert_same_bits,
+    check,
+    inputs_of,
+    results,
+)
 from torch import Tensor, nn
 
 from fused_lstm import FusedLSTM

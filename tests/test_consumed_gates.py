@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -169,6 +171,14 @@ def test_gradients_to_be_differentiated_again() -> None:
     assert all(map(torch.equal, *penalties))
 
 
+def in_threads(*calls: Callable[[], None]) -> None:
+    threads = [threading.Thread(target=call) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def test_threads_that_share_a_graph() -> None:
     loss, wanted = training("odd rows")
     shared = loss()
@@ -181,11 +191,7 @@ def test_threads_that_share_a_graph() -> None:
             if not all(map(torch.equal, found, expected)):
                 wrong.append("another gradient")
 
-    threads = [threading.Thread(target=run) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(run, run)
     assert not wrong
 
 
@@ -209,13 +215,7 @@ def test_a_thread_that_frees_the_graph() -> None:
 
     for _ in range(50):
         shared, together = loss(), threading.Barrier(2)
-        threads = [
-            threading.Thread(target=run, args=(shared, together, keeps)) for keeps in (True, False)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(*(partial(run, shared, together, keeps) for keeps in (True, False)))
     assert not wrong
 
 

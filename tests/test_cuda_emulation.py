@@ -18,7 +18,15 @@ import pytest
 import torch
 from cuda_emulation import library
 from cuda_emulation.library import POLICIES, Emulation
-from parity import Arguments, Options, arguments, assert_close, results
+from parity import (
+    Arguments,
+    Options,
+    arguments,
+    assert_close,
+    assert_same_bits,
+    inputs_of,
+    results,
+)
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.skipif(library.why_not() is not None, reason=str(library.why_not()))
@@ -102,14 +110,6 @@ def exact_of(lstm: nn.LSTM) -> nn.LSTM:
     return copy.deepcopy(lstm).double()
 
 
-def inputs_of(lstm: nn.LSTM, args: Arguments) -> tuple[Any, ...]:
-    """What the operators take: input, batch_sizes, h_0, c_0, weights."""
-    hx = args.hx or tuple(torch.zeros_like(c) for c in args.cotangents[1:])
-    batch_sizes = args.layout.batch_sizes if args.layout is not None else None
-    weights = [parameter.detach() for parameter in lstm.parameters()]
-    return (args.input.detach(), batch_sizes, *(state.detach() for state in hx), weights)
-
-
 def run(
     operands: str, lstm: nn.LSTM, args: Arguments, needs: Sequence[bool] | None = None
 ) -> dict[str, Tensor]:
@@ -137,12 +137,6 @@ def infer(operands: str, lstm: nn.LSTM, args: Arguments) -> dict[str, Tensor]:
     with tf32(operands == "tf32"):
         found = torch.ops.fused_lstm_emulation.lstm_inference(*inputs_of(lstm, args))
     return dict(zip(("output", "h_n", "c_n"), found, strict=True))
-
-
-def assert_same_bits(found: dict[str, Tensor], other: dict[str, Tensor], what: object) -> None:
-    for name, tensor in found.items():
-        bits = [t.contiguous().view(torch.uint8) for t in (tensor, other[name])]
-        assert torch.equal(*bits), f"{name} has other bits: {what}"
 
 
 # --- yardsticks -----------------------------------------------------------------------------------
