@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .autocast import Dtypes, dtypes_on_cpu
 from .backends import KERNEL_DTYPES, choose
 from .ops import OPERATORS, RECORDED, transform_under_way
 from .reference import lstm_layer
 
 _any_autocast_enabled = torch._C._is_any_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
-_HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 States = tuple[Tensor, Tensor]
 
@@ -97,10 +97,15 @@ def lstm(
     sizes = (batch, hidden_size, h_size, num_layers, directions)
     dropout = dropout if training else 0.0
     if _any_autocast_enabled() and torch.is_autocast_enabled(device.type):
-        dtypes = _autocast_dtypes(input, tensors, c_0, batch_sizes, proj_size)
+        each = len(weights) // states
+        given = None if h_0 is None or c_0 is None else (h_0, c_0)
+        packed = batch_sizes is not None
+        # Whether all are as long as each other is not known while tracing: taken for no.
+        equal = packed and not _is_compiling() and rows == batch_sizes.shape[0] * batch
+        dtypes = _autocast_dtypes(input, given, weights, each, (packed, equal), training)
         if dtypes is None:
             return None
-        dtype, output_dtype, cell_dtype = dtypes
+        dtype, *of_results = dtypes
         with torch.autocast(device.type, enabled=False):
             output, h_n, c_n = _layers(
                 input.to(dtype),
@@ -111,7 +116,7 @@ def lstm(
                 sizes,
                 dropout,
             )
-            output, h_n, c_n = output.to(output_dtype), h_n.to(output_dtype), c_n.to(cell_dtype)
+            output, h_n, c_n = map(Tensor.to, (output, h_n, c_n), of_results)
     else:
         for tensor in tensors:
             if tensor.dtype is not dtype:
@@ -247,31 +252,40 @@ def _packed_batch(rows: int, batch_sizes: Tensor, hx: States | None) -> int | No
 
 def _autocast_dtypes(
     input: Tensor,
-    tensors: Sequence[Tensor],
-    c_0: Tensor | None,
-    batch_sizes: Tensor | None,
-    proj_size: int,
-) -> tuple[torch.dtype, torch.dtype, torch.dtype] | None:
-    """The dtypes of the products, of output and h_n, and of c_n, that `torch.nn.LSTM` has under
-    autocast; None where it fails. Found by experiment on torch 2.13.
+    hx: States | None,
+    weights: Sequence[Tensor],
+    each: int,
+    packed: tuple[bool, bool],
+    training: bool,
+) -> Dtypes | None:
+    """The dtypes that `torch.nn.LSTM` has under autocast; None where it refuses the call.
 
-    cuDNN and oneDNN give all results in the autocast dtype. On the CPU, what oneDNN does not serve
-    (packed sequences, projections, float16) is a composition of operators, of which autocast takes
-    the products only: there the cell state keeps the wider dtype of itself and the products.
+    Args:
+        input, hx, weights: of the call.
+        each: the number of weights of one layer and direction.
+        packed: whether the input is, and whether its sequences are then all of one length.
+        training: the module's flag.
     """
-    found = {tensor.dtype for tensor in tensors}
-    if torch.float64 in found:  # autocast leaves float64 alone
-        return (torch.float64,) * 3 if len(found) == 1 else None
+    h_0, c_0 = hx or (input, input)
+    found = {input.dtype, h_0.dtype, c_0.dtype, *(weight.dtype for weight in weights)}
     if not found <= KERNEL_DTYPES:
         return None
     dtype = torch.get_autocast_dtype(input.device.type)
-    if not input.is_cpu or (
-        batch_sizes is None
-        and not proj_size
-        and input.dtype in (torch.float32, torch.bfloat16)
-        and input.numel() != 0
-        and _HAS_ONEDNN
-    ):
-        return dtype, dtype, dtype
-    cell_dtype = torch.promote_types(dtype, input.dtype if c_0 is None else c_0.dtype)
-    return dtype, dtype if proj_size else cell_dtype, cell_dtype
+    if not input.is_cpu:  # cuDNN gives all results in the autocast dtype, and leaves float64 alone
+        if torch.float64 in found:
+            return (torch.float64,) * 4 if len(found) == 1 else None
+        return dtype, dtype, dtype, dtype
+    return dtypes_on_cpu(
+        dtype,
+        input.dtype,
+        h_0.dtype,
+        c_0.dtype,
+        tuple(weight.dtype for weight in weights[:each]),
+        len(weights) > 2 * each,
+        each >= 4,
+        *packed,
+        each % 2 == 1,
+        input.numel() == 0,
+        training,
+        torch.is_grad_enabled(),
+    )

@@ -37,6 +37,10 @@ class FusedLSTM(nn.RNNBase):
         hx: (h_0, c_0) of shapes (L*D, B, P) and (L*D, B, H), without B where the input has none;
             zeros if not given.
 
+    Under autocast the products are computed in the autocast dtype and the results have the dtypes
+    that `torch.nn.LSTM` gives on this processor; where it fails there with "could not create a
+    primitive descriptor" (on a CPU without AVX-512, say), all results are in the autocast dtype.
+
     Returns:
         output, (h_n, c_n): output (T, B, D*P), (B, T, D*P), (T, D*P) or a `PackedSequence`; the
         states shaped as those of `hx`.

@@ -336,6 +336,12 @@ POISONS = [
 ]
 
 
+def without_onednn() -> Any:
+    """torch's own products: with AMX and an odd K, oneDNN's read one element of the row that
+    follows and multiply it by zero, so that a NaN there spreads (torch 2.13)."""
+    return torch.backends.mkldnn.flags(enabled=False)
+
+
 @pytest.mark.parametrize("operands", ["bf16", "f16", "tf32", "f32"])
 @pytest.mark.parametrize(
     "case", [Case(Options(H=17, T=4, B=9)), Case(Options(H=129, T=3, B=9), 18)], ids=str
@@ -360,7 +366,7 @@ def test_nan_and_infinity_pass(emulation: Emulation, case: Case, operands: str, 
             target[:1] = float(what)
         truth = results(exact_of(module), poisoned.to(torch.float64))
         yardstick = yardstick_of(operands, module, poisoned.to(OPERANDS[operands]))
-        with emulation.device(case.multiprocessors), emulation.schedule(seed):
+        with emulation.device(case.multiprocessors), emulation.schedule(seed), without_onednn():
             found = run(operands, module, poisoned)
             assert emulation.persistent()
         print(where, what)

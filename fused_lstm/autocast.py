@@ -1,0 +1,94 @@
+"""The dtypes of `torch.nn.LSTM` under autocast: asked of nn.LSTM, not written down.
+
+On the CPU they differ with the processor and with torch's version: where oneDNN serves a call all
+results are in the autocast dtype; elsewhere nn.LSTM is a composition of operators, of which
+autocast takes the products only. Which of the two a call takes depends on its dtypes, on gradients,
+and on what oneDNN offers on this processor. So the smallest call of each kind is made, once.
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+
+class Call(NamedTuple):
+    """Everything that the dtypes of nn.LSTM's results depend on, under autocast on a CPU."""
+
+    autocast: torch.dtype
+    input: torch.dtype
+    h_0: torch.dtype  # the input's where no states are given
+    c_0: torch.dtype
+    weights: tuple[torch.dtype, ...]  # of one layer and direction
+    several_layers: bool
+    bias: bool
+    packed: bool
+    equal_lengths: bool  # of a packed batch: oneDNN serves it like one that isn't packed
+    projected: bool
+    empty: bool  # no sequences
+    training: bool
+    gradients: bool  # torch.is_grad_enabled()
+    onednn: bool  # torch.backends.mkldnn's flag
+
+
+# What the products are computed in; output's, h_n's and c_n's dtype.
+Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype]
+
+
+# Not traced: torch.compile takes the answer as it is, and guards on what it depends on.
+@torch.compiler.assume_constant_result
+def dtypes_on_cpu(*call: Any) -> Dtypes | None:
+    """The dtypes that nn.LSTM has for a `Call` of these fields, the last but itself; None where it
+    refuses the call.
+
+    Where oneDNN has no code for the autocast dtype on this processor, nn.LSTM fails with "could not
+    create a primitive descriptor"; the dtypes are then those where it has: autocast's for all.
+    """
+    return _asked(Call(*call, torch._C._get_mkldnn_enabled()))
+
+
+@lru_cache(maxsize=1024)
+def _asked(call: Call) -> Dtypes | None:
+    everything = {call.input, call.h_0, call.c_0, *call.weights}
+    # autocast leaves float64 alone
+    products = torch.float64 if everything == {torch.float64} else call.autocast
+    # Neither fake tensors, nor a trace, nor a transform is to see this call.
+    with (
+        _disable_current_modes(),
+        torch._C._DisableFuncTorch(),
+        torch.autocast("cpu", call.autocast),
+        torch.set_grad_enabled(call.gradients),
+    ):
+        try:
+            found = _smallest(call)
+        except RuntimeError as error:
+            if "could not create a primitive" not in str(error):
+                return None
+            return products, products, products, products
+    output, h_n, c_n = found
+    return products, output.dtype, h_n.dtype, c_n.dtype
+
+
+def _smallest(call: Call) -> tuple[Tensor, ...]:
+    """What nn.LSTM returns for the smallest call of this kind; no random number is drawn."""
+    layers, H, P = 1 + call.several_layers, 2, 1 if call.projected else 2
+    B = 0 if call.empty else 1 if call.equal_lengths or not call.packed else 2
+    weights = []
+    for layer in range(layers):
+        shapes = [(4 * H, P if layer else 1), (4 * H, P), *[(4 * H,)] * 2 * call.bias]
+        shapes += [(P, H)] * call.projected
+        weights += [
+            torch.zeros(shape, dtype=dtype)
+            for shape, dtype in zip(shapes, call.weights, strict=True)
+        ]
+    h_0 = torch.zeros(layers, B, P, dtype=call.h_0)
+    c_0 = torch.zeros(layers, B, H, dtype=call.c_0)
+    options = (call.bias, layers, 0.0, call.training, False)
+    if call.packed:
+        sizes = torch.tensor([B, 1])
+        rows = torch.zeros(B + 1, 1, dtype=call.input)
+        return torch.lstm(rows, sizes, [h_0, c_0], weights, *options)
+    input = torch.zeros(2, B, 1, dtype=call.input)
+    return torch.lstm(input, [h_0, c_0], weights, *options, False)
