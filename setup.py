@@ -32,6 +32,7 @@ from setuptools.errors import CompileError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "python"))
 import cuda_toolkit  # noqa: E402
+import torch_versions  # noqa: E402
 from cuda_toolkit import Cuda, first_errors, run  # noqa: E402
 
 MACOS = sys.platform == "darwin"
@@ -205,7 +206,7 @@ def import_requirements() -> tuple[ModuleType, ModuleType]:
     except Exception as error:  # torch raises OSError where a library of its own is missing
         raise CompileError(
             f"what the build needs can't be imported: {error}.\n"
-            "Type: pip install ninja pybind11 'torch>=2.11,<2.14', or leave out "
+            f"Type: pip install ninja pybind11 '{torch_versions.requirement()}', or leave out "
             "--no-build-isolation for pip to fetch all but an installed torch"
         ) from error
     return torch, pybind11
@@ -250,6 +251,7 @@ class NinjaBuild(build_ext):
         common = ["-O2", "-DNDEBUG", *WARNINGS, "-Icsrc", *compiler.flags, *openmp, *sanitize]
         self.write_build_info(
             torch=str(torch.__version__),
+            tested=" ".join(torch_versions.tested()),
             compiler=compiler.version,
             flags=shlex.join(common),
             cpu=sets_info,
@@ -269,7 +271,7 @@ class NinjaBuild(build_ext):
             torch_libraries=[*(f"-L{path}" for path in paths.library_paths()), *TORCH_LIBRARIES],
             cuda=cuda,
         )
-        self.run_ninja()
+        self.run_ninja(str(torch.__version__))
 
         package = Path("fused_lstm") if self.inplace else Path(self.build_lib, "fused_lstm")
         package.mkdir(parents=True, exist_ok=True)
@@ -346,7 +348,7 @@ class NinjaBuild(build_ext):
             objects = [make("compile", f"{module}.o", [str(module)], flags), library]
             make("link", MODULE, objects, [*link_flags, f"-Wl,-rpath,{origin}", *ldflags])
 
-    def run_ninja(self) -> None:
+    def run_ninja(self, torch: str) -> None:
         import ninja
 
         jobs = os.environ.get("MAX_JOBS") or str(processors())
@@ -368,6 +370,8 @@ class NinjaBuild(build_ext):
             message += "The compiler was killed, most likely for memory: try again with MAX_JOBS=1"
         elif ".cu" in str(what):
             message += "To build without CUDA: FUSED_LSTM_CUDA=0 pip install ."
+        elif note := torch_versions.note(torch):
+            message += f"{note}.\n{torch_versions.known_to_work()}"
         else:
             message += INSTALL_A_COMPILER
         raise CompileError(message)

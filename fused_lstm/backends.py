@@ -30,6 +30,7 @@ if _release(_C.build_info()["torch"]) != _release(torch.__version__):
     raise ImportError(
         f"fused_lstm was built against torch {_C.build_info()['torch']} and can't run with torch "
         f"{torch.__version__}; run `pip install --force-reinstall --no-deps .` in its source folder"
+        f" (tested with torch {_C.build_info()['tested'].replace(' ', ', ')})"
     )
 
 from . import cuda, triton  # noqa: E402  the first asks the compiled part at once
@@ -48,6 +49,8 @@ def _checked(name: str) -> str:
 
 if os.environ.get("FUSED_LSTM_BACKEND"):
     _forced = _checked(os.environ["FUSED_LSTM_BACKEND"])
+if os.environ.get("FUSED_LSTM_CPU") not in (None, "", _C.cpu_isa()):
+    _C.force_cpu_isa(os.environ["FUSED_LSTM_CPU"])  # says what it could have been
 
 
 class backend:

@@ -20,6 +20,7 @@ import logging
 import os
 import platform
 import re
+import shlex
 import shutil
 import site
 import sys
@@ -29,27 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import cuda_toolkit
+import torch_versions
+from torch_versions import release
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = torch_versions.PYPROJECT.parent
 BUILD_REQUIRES = ["setuptools>=77.0.3", "ninja>=1.11", "pybind11>=2.13"]
 # nvvm and crt are named for pip to take those of the same version: ptxas refuses newer ones' code.
 NVCC_WHEELS = "cuda-toolkit[nvcc,nvvm,crt,cccl,cudart]=="
 OVERRIDE = "FUSED_LSTM_TORCH"
-
-
-def torch_requirement() -> str:
-    """The range of torch that pyproject.toml declares, as in "torch>=2.11,<2.14"."""
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    found = re.search(r'^\s*"(torch>=[\d.]+,<[\d.]+)"', text, re.MULTILINE)
-    if not found:
-        raise SystemExit('pyproject.toml declares no "torch>=X,<Y" among its dependencies')
-    return found[1]
-
-
-def release(version: str) -> tuple[int, ...]:
-    """The numbers of a version: (2, 13, 0) for "2.13.0+cpu"."""
-    found = re.match(r"\d+(\.\d+)*", version)
-    return tuple(map(int, found[0].split("."))) if found else ()
 
 
 def site_packages_of(prefix: Path) -> Path:
@@ -86,9 +74,8 @@ def misfit(folder: Path) -> str:
     version = torch_version(folder)
     if not version:
         return "its version can't be read from torch/version.py"
-    low, high = re.findall(r"[\d.]+", torch_requirement())
-    if not release(low) <= release(version) < release(high):
-        return f"torch {version} is outside {torch_requirement()}"
+    if torch_versions.too_old(version):
+        return f"torch {version} is too old: {torch_versions.requirement()} is needed"
     if not any((torch / f"_C{end}").exists() for end in importlib.machinery.EXTENSION_SUFFIXES):
         return f"torch {version} was built for another Python than this {sys.version.split()[0]}"
     for needed in ("include/ATen", "include/torch", "lib"):
@@ -129,8 +116,7 @@ def find_torch() -> Path | None:
             raise SystemExit(f"{OVERRIDE}={override}: that folder holds no torch")
         if why := misfit(folder):
             raise SystemExit(f"{OVERRIDE}={override}: {why}")
-        say(f"building against torch {torch_version(folder)} in {folder} ({OVERRIDE})")
-        return folder
+        return taken(folder, OVERRIDE)
     seen = set()
     for folder, source in candidates():
         if folder in seen or not (folder / "torch" / "version.py").exists():
@@ -138,10 +124,18 @@ def find_torch() -> Path | None:
         seen.add(folder)
         why = misfit(folder)
         if not why:
-            say(f"building against torch {torch_version(folder)} in {folder} ({source})")
-            return folder
+            return taken(folder, source)
         say(f"not building against the torch in {folder} ({source}): {why}")
     return None
+
+
+def taken(folder: Path, source: str) -> Path:
+    """The folder, and a line or two on stderr about the torch in it."""
+    version = torch_version(folder)
+    say(f"building against torch {version} in {folder} ({source})")
+    if note := torch_versions.note(version):
+        say(f"{note}; building all the same")
+    return folder
 
 
 def say(message: str) -> None:
@@ -152,13 +146,13 @@ def requires() -> list[str]:
     if folder := find_torch():
         return [*BUILD_REQUIRES, *nvcc_requirement(folder)]
     say(
-        f"no installed torch to build against was found: fetching {torch_requirement()} for the "
-        "build, the newest that the package index offers (the CUDA builds take gigabytes; CUDA "
-        "kernels are then built only if this system has an nvcc). To build against an installed "
-        "one, type its folder: "
+        "no installed torch to build against was found: fetching "
+        f"{torch_versions.requirement()} for the build, the newest that the package index offers "
+        "(the CUDA builds take gigabytes; CUDA kernels are then built only if this system has an "
+        "nvcc). To build against an installed one, type its folder: "
         f"{OVERRIDE}=/path/to/site-packages pip install ."
     )
-    return [*BUILD_REQUIRES, torch_requirement()]
+    return [*BUILD_REQUIRES, torch_versions.requirement()]
 
 
 def nvcc_requirement(folder: Path) -> list[str]:
@@ -173,13 +167,13 @@ def nvcc_requirement(folder: Path) -> list[str]:
         if not wheels_have_nvcc(cuda):
             say(f"building without CUDA kernels, although torch has CUDA {cuda}: {why}")
             return []
-        requirement = NVCC_WHEELS + ".".join(cuda.split(".")[:2]) + ".*"
+        wheels = NVCC_WHEELS + ".".join(cuda.split(".")[:2]) + ".*"
         say(
             f"torch has CUDA {cuda}, and there is no nvcc to build kernels for it: {why}. Fetching "
-            f"NVIDIA's for the build, {requirement} (270 MB, removed afterwards). "
+            f"NVIDIA's for the build, {wheels} (270 MB, removed afterwards). "
             "To build for the CPU only, type: FUSED_LSTM_CUDA=0 pip install ."
         )
-        return [requirement]
+        return [wheels]
     say(f"building CUDA kernels with {toolkit.nvcc}, CUDA {toolkit.version}")
     return []
 
@@ -197,7 +191,7 @@ def with_torch() -> None:
     if folder is None:
         raise SystemExit(
             "fused_lstm is built against torch, and none that fits was found.\n"
-            f"Type: pip install '{torch_requirement()}' {' '.join(map(repr, BUILD_REQUIRES))}\n"
+            f"Type: pip install {shlex.join([torch_versions.requirement(), *BUILD_REQUIRES])}\n"
             f"or name the folder that holds torch: {OVERRIDE}=/path/to/site-packages"
         )
     sys.path.append(str(folder))

@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "python"))
 import cuda_toolkit  # noqa: E402, F401
+import torch_versions  # noqa: E402, F401
 
 TREE = [
     "pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md",
@@ -52,9 +53,13 @@ def copy_of_the_sources(folder: Path) -> Path:
     return folder
 
 
-def build_hook(tree: Path, call: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Calls a hook of the backend, as pip does without isolation; `call` is Python."""
-    program = f"import sys; sys.path.insert(0, 'python'); import build_backend as b; print({call})"
+def build_hook(
+    tree: Path, call: str, before: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Calls a hook of the backend, as pip does without isolation; `call` is Python, and so are the
+    statements `before` it."""
+    program = "import sys; sys.path.insert(0, 'python'); import build_backend as b; "
+    program += f"{before}print({call})"
     return subprocess.run(
         [sys.executable, "-c", program],
         cwd=tree,
@@ -85,7 +90,7 @@ class Environment:
         venv.create(self.prefix, symlinks=True)
         (self.project / "python").mkdir(parents=True)
         shutil.copy(ROOT / "pyproject.toml", self.project)
-        for name in ("build_backend.py", "cuda_toolkit.py"):
+        for name in ("build_backend.py", "cuda_toolkit.py", "torch_versions.py"):
             shutil.copy(ROOT / "python" / name, self.project / "python")
 
     def site_packages(self, prefix: Path | None = None) -> Path:

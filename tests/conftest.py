@@ -7,7 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+# FUSED_LSTM_CPU=avx2 pytest: on a processor with more, the tests run as on one with AVX2 only, so
+# nn.LSTM is held to the same set. torch reads these when it is first imported.
+STOCK = {
+    "generic": {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default"},
+    "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
+    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+    "avx512_bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+}
+os.environ.update(STOCK.get(os.environ.get("FUSED_LSTM_CPU", ""), {}))
+
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = int(os.environ.get("FUSED_LSTM_TEST_SEED", "0"))

@@ -212,7 +212,8 @@ def test_other_torch_than_built_against() -> None:
     built = _C.build_info()["torch"]
     assert found.stderr.splitlines()[-1] == (
         f"ImportError: fused_lstm was built against torch {built} and can't run with torch 2.99.0; "
-        "run `pip install --force-reinstall --no-deps .` in its source folder"
+        "run `pip install --force-reinstall --no-deps .` in its source folder "
+        f"(tested with torch {_C.build_info()['tested'].replace(' ', ', ')})"
     )
 
 

@@ -76,7 +76,7 @@ def test_limits_of_the_gates(isa: str, dtype: torch.dtype) -> None:
 
 
 def test_best_is_chosen() -> None:
-    assert _C.cpu_isa() == SUPPORTED[-1] or "FUSED_LSTM_CPU_ISA" in os.environ
+    assert _C.cpu_isa() == SUPPORTED[-1] or "FUSED_LSTM_CPU" in os.environ
 
 
 def test_unknown_or_unsupported() -> None:
@@ -89,5 +89,9 @@ def test_unknown_or_unsupported() -> None:
 
 def test_environment_variable() -> None:
     code = "import torch; from fused_lstm import _C; print(_C.cpu_isa())"
-    found = run_python("-c", code, FUSED_LSTM_CPU_ISA="generic")
+    found = run_python("-c", code, FUSED_LSTM_CPU="generic")
     assert found.stdout == "generic\n", found.stderr
+    found = run_python("-c", code, FUSED_LSTM_CPU="sse9")
+    assert found.returncode == 1
+    last = found.stderr.splitlines()[-1]
+    assert last.startswith("ValueError: no CPU kernels for instruction set 'sse9' here; this build")

@@ -24,6 +24,7 @@ from build_stand_ins import (
     compiler,
     copy_of_the_sources,
     fake_torch,
+    torch_versions,
 )
 
 MODULE = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -32,9 +33,14 @@ MODULE = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 # Which torch
 
 
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_of_the_sources(tmp_path_factory.mktemp("sources") / "fused_lstm")
+
+
 def fetches_torch(requires: list[str]) -> bool:
     assert [name.partition(">")[0] for name in requires][:3] == ["setuptools", "ninja", "pybind11"]
-    assert requires[3:] in ([], ["torch>=2.11,<2.14"])
+    assert requires[3:] in ([], [torch_versions.requirement()])
     return len(requires) == 4
 
 
@@ -46,8 +52,9 @@ def environment(tmp_path: Path) -> Environment:
 def test_without_torch_the_declared_range_is_fetched(environment: Environment) -> None:
     assert fetches_torch(environment.requires())
     done = environment.ask("b.get_requires_for_build_editable()")
-    assert "torch>=2.11,<2.14" in done.stdout
-    assert "fetching torch>=2.11,<2.14" in done.stderr and "FUSED_LSTM_TORCH=" in done.stderr
+    assert torch_versions.requirement() in done.stdout
+    assert f"fetching {torch_versions.requirement()}" in done.stderr
+    assert "FUSED_LSTM_TORCH=" in done.stderr
 
 
 def test_torch_of_the_target_is_found(environment: Environment) -> None:
@@ -90,22 +97,51 @@ def test_a_named_torch_that_does_not_fit_is_an_error(
     old = fake_torch(tmp_path / "old", "2.10.0")
     done = environment.ask("b.requires()", FUSED_LSTM_TORCH=str(old))
     assert done.returncode != 0 and "Traceback" not in done.stderr
-    assert f"FUSED_LSTM_TORCH={old}: torch 2.10.0 is outside torch>=2.11,<2.14" in done.stderr
+    assert f"FUSED_LSTM_TORCH={old}: torch 2.10.0 is too old: torch>=" in done.stderr
     done = environment.ask("b.requires()", FUSED_LSTM_TORCH=str(tmp_path))
     assert done.returncode != 0 and "holds no torch" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("version", "fits"),
-    [
-        ("2.11.0", True), ("2.13.0+cpu", True), ("2.13.5.dev20260601+cu130", True),
-        ("2.9.1", False), ("2.10.0", False), ("2.14.0", False), ("2.14.0a0+git1234", False),
-        ("2.100.0", False), ("10.0.0", False), ("unknown", False),
-    ],
-)  # fmt: skip
-def test_range_of_versions(environment: Environment, version: str, fits: bool) -> None:
+@pytest.mark.parametrize("version", torch_versions.tested())
+def test_tested_versions_are_taken_without_a_word(environment: Environment, version: str) -> None:
     fake_torch(environment.site_packages(), version)
-    assert fetches_torch(environment.requires()) != fits
+    done = environment.ask("b.get_requires_for_build_wheel()")
+    assert not fetches_torch(json.loads(done.stdout))
+    assert len(done.stderr.splitlines()) == 1 and version in done.stderr
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.9.1", "1.13.1", "unknown"])
+def test_older_versions_are_passed_over(environment: Environment, version: str) -> None:
+    fake_torch(environment.site_packages(), version)
+    assert fetches_torch(environment.requires())
+
+
+@pytest.mark.parametrize("version", ["2.100.0", "10.0.0a0+git1234", "3.0.0.dev20300101+cu160"])
+def test_a_newer_version_is_taken_with_a_note(environment: Environment, version: str) -> None:
+    fake_torch(environment.site_packages(), version)
+    done = environment.ask("b.get_requires_for_build_wheel()")
+    assert not fetches_torch(json.loads(done.stdout))
+    newest = torch_versions.tested()[-1]
+    note = f"fused_lstm: torch {version} is newer than the newest that was tested, {newest}; "
+    assert done.stderr.splitlines()[1] == note + "building all the same"
+
+
+def test_a_newer_version_that_does_not_compile(sources: Path, tmp_path: Path) -> None:
+    """Another torch helps there, and no other compiler."""
+    made_up = "import torch; torch.__version__ = '2.100.0'; "
+    program = compiler(tmp_path, fails_on="csrc/ops.cpp")
+    done = build_hook(sources, "b.build_wheel('dist')", made_up, CXX=program, TMPDIR=str(tmp_path))
+    assert done.returncode != 0
+    assert "torch 2.100.0 is newer than" in done.stderr and "apt install" not in done.stderr
+    newest = torch_versions.tested()[-1]
+    assert f"and {newest}. Type: pip install torch=={newest}, and build" in done.stderr
+
+
+def test_the_readme_says_what_was_tested() -> None:
+    *others, last = torch_versions.tested()
+    words = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"passed on {', '.join(others)} and {last}." in words
+    assert f"Any torch from {torch_versions.requirement().partition('>=')[2]} on" in words
 
 
 def test_torch_of_another_python_is_passed_over(environment: Environment) -> None:
@@ -125,15 +161,10 @@ def test_torch_is_appended_to_the_path(environment: Environment) -> None:
 def test_a_build_without_torch_says_what_to_type(environment: Environment) -> None:
     done = environment.ask("b.build_wheel('.')")
     assert done.returncode != 0 and "Traceback" not in done.stderr
-    assert "Type: pip install 'torch>=2.11,<2.14'" in done.stderr
+    assert f"Type: pip install '{torch_versions.requirement()}'" in done.stderr
 
 
 # What it says
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return copy_of_the_sources(tmp_path_factory.mktemp("sources") / "fused_lstm")
 
 
 def failure(sources: Path, **environment: str) -> str:

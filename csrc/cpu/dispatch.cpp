@@ -98,10 +98,10 @@ const Isa kIsas[] = {
 };
 constexpr int kIsaCount = sizeof(kIsas) / sizeof(kIsas[0]);
 
-// A name in FUSED_LSTM_CPU_ISA that this machine cannot serve is ignored: `python -m fused_lstm`
-// shows the choice.
+// A name in FUSED_LSTM_CPU that this machine cannot serve is ignored here: importing fused_lstm has
+// refused it.
 int automatic() {
-  const char* wanted = std::getenv("FUSED_LSTM_CPU_ISA");
+  const char* wanted = std::getenv("FUSED_LSTM_CPU");
   int best = 0;
   for (int i = 0; i < kIsaCount; ++i) {
     if (!isa_supported(i)) continue;

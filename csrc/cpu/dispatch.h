@@ -22,7 +22,7 @@ struct Kernel {
 int isa_count();                  // sets built, slowest first
 const char* isa_name(int index);  // "generic", "avx2", "avx512", "avx512_bf16", "amx"
 bool isa_supported(int index);    // this processor and its system can run it
-int isa_active();                 // the best supported, FUSED_LSTM_CPU_ISA's or the forced one
+int isa_active();                 // the best supported, FUSED_LSTM_CPU's or the forced one
 bool isa_force(int index);        // false if not supported; -1: back to the automatic choice
 
 const Kernel& active_kernel(Dtype dtype);
