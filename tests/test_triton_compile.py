@@ -18,7 +18,7 @@ from triton.compiler import ASTSource  # noqa: E402
 import fused_lstm.triton  # noqa: E402
 from fused_lstm.triton.backward import backward_split, backward_whole  # noqa: E402
 from fused_lstm.triton.forward import COUNTS, forward_split, forward_whole  # noqa: E402
-from fused_lstm.triton.plan import Device, plan  # noqa: E402
+from fused_lstm.triton.plan import Device, compile_options, plan  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not fused_lstm.triton.installed()[0], reason=fused_lstm.triton.installed()[1]
@@ -39,18 +39,19 @@ class Limit(NamedTuple):
     stack: int = 0  # bytes a thread: spills
 
 
-# target, backward, H, B, dtype, tf32, D, packed, kind of plan: what Triton 3.6 and 3.9 give, with
-# some air. An MI300's thread has 512 registers, an NVIDIA one's 255.
+# target, backward, H, B, dtype, tf32, D, packed, kind of plan: the most that Triton 3.6, 3.7.1, 3.8
+# and 3.9 give, with some air; .ci/run compiles with each. An MI300's thread has 512 registers, an
+# NVIDIA one's 255.
 CASES: list[tuple[str, bool, int, int, torch.dtype, bool, int, bool, str, Limit]] = [
-    ("sm_80", False, 64, 16, f16, False, 1, False, "whole", Limit(168, 36)),
-    ("sm_80", True, 128, 16, bf16, False, 2, True, "whole", Limit(200, 150)),
+    ("sm_80", False, 64, 16, f16, False, 1, False, "whole", Limit(184, 36)),
+    ("sm_80", True, 128, 16, bf16, False, 2, True, "whole", Limit(228, 150)),
     ("sm_80", False, 512, 16, bf16, False, 1, False, "split", Limit(168, 98)),
-    ("sm_80", True, 512, 16, bf16, False, 1, False, "split", Limit(144, 130)),
-    ("sm_90", False, 128, 16, bf16, False, 1, False, "whole", Limit(200, 134)),
+    ("sm_80", True, 512, 16, bf16, False, 1, False, "split", Limit(176, 130)),
+    ("sm_90", False, 128, 16, bf16, False, 1, False, "whole", Limit(216, 134)),
     ("sm_90", True, 128, 16, bf16, False, 1, False, "whole", Limit(200, 146)),
-    ("sm_90", False, 64, 16, f32, False, 1, False, "whole", Limit(192, 70)),
-    ("sm_90", False, 768, 16, bf16, False, 1, False, "split", Limit(168, 130)),
-    ("sm_90", True, 768, 16, bf16, False, 1, False, "split", Limit(144, 162)),
+    ("sm_90", False, 64, 16, f32, False, 1, False, "whole", Limit(255, 70)),
+    ("sm_90", False, 768, 16, bf16, False, 1, False, "split", Limit(184, 130)),
+    ("sm_90", True, 768, 16, bf16, False, 1, False, "split", Limit(192, 162)),
     ("sm_90", False, 1024, 64, bf16, False, 1, False, "split", Limit(255, 194)),
     ("sm_90", True, 1024, 64, bf16, False, 2, True, "split", Limit(255, 194)),
     ("sm_90", False, 512, 16, f32, True, 1, False, "split", Limit(200, 162)),
@@ -97,7 +98,7 @@ def compiled(
             signature[name] = "*i32" if numbers else f"*{TYPES[dtype]}"
             aligned[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, aligned)
-    options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
+    options: dict[str, Any] = compile_options(chosen, gpu.backend == "cuda")
     options["launch_cooperative_grid"] = not whole
     return chosen.kind, triton.compile(source, target=gpu, options=options)
 

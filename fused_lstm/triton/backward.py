@@ -245,9 +245,10 @@ def backward_split(
             weight = weight_hh_1
         if RESIDENT:
             w = ()
+            at_w = weight + (k_w * H + n_w)
             for chunk in tl.static_range(CHUNKS):
-                at_w = weight + ((chunk * CHUNK + k_w) * H + n_w)
-                w = w + (tl.load(at_w, unit_w & (chunk * CHUNK + k_w < 4 * H), 0.0),)
+                mask_w = unit_w & (EVEN | (chunk * CHUNK + k_w < 4 * H))
+                w = w + (tl.load(at_w + chunk * CHUNK * H, mask_w, 0.0),)
         b = tile * BLOCK_B + tl.arange(0, BLOCK_B)
         at_state = (d * B + b)[:, None] * H + u[None, :]
         mask_state = (b < B)[:, None] & unit[None, :]

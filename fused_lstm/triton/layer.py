@@ -14,7 +14,7 @@ from torch import Tensor
 from . import products
 from .backward import backward_split, backward_whole
 from .forward import forward_split, forward_whole
-from .plan import Device, Plan, plan
+from .plan import Device, Plan, compile_options, plan
 from .steps import backward_steps, forward_steps
 
 # Polls of a wait before it is broken off. A poll takes 0.4 us or more, so 3 s at least; a step
@@ -344,8 +344,7 @@ def _launch(
         "BLOCK_B": chosen.block_b,
         "BLOCK_H": chosen.block_h,
         "PRECISION": _precision(input),
-        "num_warps": chosen.warps,
-        "num_stages": chosen.stages,
+        **compile_options(chosen, device.type == "cuda" and not torch.version.hip),
     }
     if chosen.kind == "whole":
         kernels[0][(tiles, D)](*arguments, steps, lengths, T, B, N, **constants)

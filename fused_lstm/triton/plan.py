@@ -30,6 +30,17 @@ class Plan(NamedTuple):
     shared_memory: int = 0  # reckoned, bytes
 
 
+def compile_options(chosen: Plan, nvidia: bool) -> dict[str, int]:
+    """What Triton compiles the kernel of a plan with.
+
+    A multiprocessor's shared memory holds one program of nearly every plan, so that all of a
+    thread's 255 registers are there to be used. Not told so, ptxas aims at 128, for two programs,
+    and spills (Triton 3.8 at H 128 and 768).
+    """
+    options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
+    return options | {"maxnreg": 255} if nvidia else options
+
+
 def _power_of_two(least: int) -> int:
     return 1 << (least - 1).bit_length()
 
@@ -66,7 +77,9 @@ def _split(
     best = None
     for block_b in (16, 32, 64):
         sums = split * block_b * columns * 4
-        block_k = 16 if size == 4 else 64 if backward and block_b == 16 else 32
+        block_k = 16 if size == 4 else 32
+        if backward and block_b != 32:
+            block_k = 64 if block_b == 16 and size == 2 else 16  # 64 rows leave no registers for 32
         block_k = max(16, min(block_k, _power_of_two(-(-K // split))))
         chunk = split * block_k
         chunks = -(-K // chunk)
