@@ -251,10 +251,19 @@ def test_commit_is_dirty_for_anything_but_results(benchmarks: ModuleType, tmp_pa
 
 
 def test_results_are_named_after_the_machine(benchmarks: ModuleType) -> None:
-    slug = benchmarks.machine.machine_slug
+    slug = benchmarks.machine.slug
     processor = {"processor": "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", "cores": 2}
     assert slug(processor) == "intel-xeon-platinum-8481c-cpu-2-70ghz-2-cores"
     assert slug({**processor, "gpu": "NVIDIA H200"}) == "nvidia-h200"
+    zen_3 = {"processor": "AMD EPYC", "family_model_stepping": "25/1/1", "cores": 2}
+    assert slug({**zen_3, "instruction_set": "avx2"}) == "amd-epyc-25-1-avx2-2-cores"
+
+
+def test_kept_results_carry_the_name_of_their_machine(benchmarks: ModuleType) -> None:
+    for path in benchmarks.report.RESULTS.glob("*.json"):
+        assert path.name.startswith(
+            benchmarks.machine.slug(json.loads(path.read_text())["machine"])
+        ), path.name
 
 
 def test_machine_without_proc_or_sys(

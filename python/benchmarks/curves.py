@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import machine
 from benchmarks.suites import FORWARD, FORWARD_BACKWARD
 
 if TYPE_CHECKING:
@@ -124,6 +125,6 @@ def ticks(axes: Axes, values: Iterable[int]) -> None:
 
 
 def title(drawing: Figure, document: dict[str, Any], words: str) -> None:
-    where = document["machine"].get("gpu") or document["machine"]["processor"]
+    where = machine.name(document["machine"])
     threads = "" if document["device"] != "cpu" else f", {document['threads']} threads"
     drawing.suptitle(f"FusedLSTM: {words}, {where}{threads}", fontsize=10)

@@ -79,7 +79,7 @@ class Run:
         self._text.flush()
 
     def save(self) -> None:
-        slug = machine.machine_slug(self.document["machine"])
+        slug = machine.slug(self.document["machine"])
         report.write(self.document, self.out / f"{slug}-gpu-{self.device}.json")
 
     def close(self) -> None:

@@ -116,7 +116,7 @@ def main(
     slower = [row for row in document["rows"] if row["ratio"] < 1]
     click.echo(f"\n{len(slower)} of {len(document['rows'])} rows have a ratio below 1")
     if keep:
-        name = f"{machine.machine_slug(document['machine'])}-{suite}-{device}.json"
+        name = f"{machine.slug(document['machine'])}-{suite}-{device}.json"
         report.write(document, report.RESULTS / name)
         click.echo(f"kept as results/{name}")
 

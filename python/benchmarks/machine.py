@@ -40,6 +40,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cpus_usable": _cpus_usable(),
         "caches": _caches(),
         "instruction_sets": _instruction_sets(cpuinfo),
+        "instruction_set": _instruction_set(),
         "system": f"{platform.system()} {platform.machine()}",
     }
     if device.type == "cuda":
@@ -51,11 +52,25 @@ def machine(device: torch.device) -> dict[str, Any]:
     return facts
 
 
-def machine_slug(facts: dict[str, Any]) -> str:
-    """A file name for the machine: the GPU's name, else the processor's and its cores."""
-    name = facts.get("gpu") or f"{facts['processor']} {facts['cores']} cores"
-    name = re.sub(r"\((r|tm)\)", "", name, flags=re.IGNORECASE)
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def name(facts: dict[str, Any]) -> str:
+    """What a result is told apart by: the GPU, or the processor, its family and model, the
+    instruction set that fused_lstm uses on it, and its cores. Names alone don't do: "AMD EPYC" has
+    AVX2 or AVX-512, and a virtual machine hides the rest of it."""
+    if facts.get("gpu"):
+        return facts["gpu"]
+    parts = [re.sub(r"\((r|tm)\)", "", facts["processor"], flags=re.IGNORECASE)]
+    if facts.get("family_model_stepping"):
+        parts[0] += " " + facts["family_model_stepping"].rpartition("/")[0]
+    if facts.get("instruction_set"):
+        parts.append(facts["instruction_set"])
+    if facts.get("cores"):
+        parts.append(f"{facts['cores']} cores")
+    return ", ".join(parts)
+
+
+def slug(facts: dict[str, Any]) -> str:
+    """The name as a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", name(facts).lower()).strip("-")
 
 
 def versions(device: torch.device) -> dict[str, Any]:
@@ -188,6 +203,15 @@ def _caches() -> dict[str, str]:
             continue
         caches[f"L{level}" + {"Data": "d", "Instruction": "i"}.get(kind, "")] = size
     return caches
+
+
+def _instruction_set() -> str | None:
+    """The one that fused_lstm uses; None where it can't be loaded."""
+    try:
+        from fused_lstm import backends
+    except (ImportError, OSError):
+        return None
+    return backends().instruction_set
 
 
 def _instruction_sets(cpuinfo: list[dict[str, str]]) -> list[str]:

@@ -147,7 +147,7 @@ def main(
             if out:
                 report.write(document, out)
     if keep:
-        path = report.RESULTS / f"{machine.machine_slug(document['machine'])}-{suite}-cpu.json"
+        path = report.RESULTS / f"{machine.slug(document['machine'])}-{suite}-cpu.json"
         report.write(document, path)
         click.echo(f"kept as results/{path.name}")
 

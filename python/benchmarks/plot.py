@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from benchmarks import curves, report
+from benchmarks import curves, machine, report
 from benchmarks.curves import COLOURS, RATIO
 from benchmarks.suites import FORWARD, FORWARD_BACKWARD, SUITES
 
@@ -138,7 +138,7 @@ def figure(document: dict[str, Any]) -> Figure:
         axes[pass_].set_title(pass_, fontsize=9)
     if shown:
         bars(axes["cases"], shown)
-    where = document["machine"].get("gpu") or document["machine"]["processor"]
+    where = machine.name(document["machine"])
     drawing.suptitle(f"FusedLSTM: speed-up over nn.LSTM, {where}", fontsize=11)
     return drawing
 
@@ -221,8 +221,7 @@ def main(results: tuple[Path, ...], out: Path | None, suites: tuple[str, ...]) -
     for path, document in zip(results, documents, strict=True):
         if document.get("format") != report.FORMAT:
             raise click.ClickException(f"{path.name} is not a result in format {report.FORMAT}.")
-        facts = document["machine"]
-        where, version = facts.get("gpu") or facts["processor"], document["versions"].get("torch")
+        where, version = machine.name(document["machine"]), document["versions"].get("torch")
         click.echo(f"{where}, torch {version}, commit {document.get('commit')}\n")
         click.echo(tables(document, suites) + "\n")
     if out:
