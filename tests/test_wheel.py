@@ -41,7 +41,6 @@ def test_a_wheel_installs_without_a_compiler(tmp_path: Path) -> None:
     venv.create(tmp_path / "empty", with_pip=True, symlinks=True)
     python = tmp_path / "empty" / "bin" / "python"
     (site_packages,) = tmp_path.glob("empty/lib/python*/site-packages")
-    (site_packages / "beside.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
     bare = {"PATH": str(python.parent), "CXX": "/nonexistent/c++", "HOME": os.environ["HOME"]}
 
     def run(*arguments: str | Path) -> str:
@@ -52,6 +51,8 @@ def test_a_wheel_installs_without_a_compiler(tmp_path: Path) -> None:
         return done.stdout
 
     run("-m", "pip", "install", "--no-deps", "--no-index", wheel)
+    # torch and the rest; before, pip would have taken a fused_lstm beside them for this one.
+    (site_packages / "beside.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
     assert run("-c", PROGRAM).split() == [
         str(site_packages / "fused_lstm" / "__init__.py"),
         torch.__version__,
