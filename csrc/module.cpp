@@ -14,6 +14,7 @@
 
 #include "build_info.h"
 #include "cpu/dispatch.h"
+#include "cpu/processors.h"
 #ifdef FUSED_LSTM_HAVE_CUDA
 #include "cuda/kernels.h"
 #include "cuda/plan.h"
@@ -59,6 +60,20 @@ void force_cpu_isa(const std::optional<std::string>& name) {
   }
   throw py::value_error("no CPU kernels for instruction set '" + *name +
                         "' here; this build and processor offer:" + usable);
+}
+
+py::dict processors() {
+  const cpu::Processors found = cpu::processors();
+  py::dict facts;
+  facts["affinity"] = found.affinity;
+  facts["quota"] = found.quota;
+  facts["cap"] = found.cap;
+  facts["forked"] = found.forked;
+  return facts;
+}
+
+int thread_limit(int wanted, int affinity, double quota, int cap, bool forked) {
+  return cpu::thread_limit(wanted, {affinity, quota, cap, forked});
 }
 
 #ifdef FUSED_LSTM_HAVE_CUDA
@@ -109,6 +124,21 @@ PYBIND11_MODULE(_C, m) {
   m.def("force_cpu_isa", &force_cpu_isa, py::arg("name").none(true),
         "Serve calls with the kernels of one instruction set; None returns to the best supported.\n"
         "Raises ValueError for one that was not built or that this processor can't run.");
+  m.def("processors", &processors,
+        "What limits the threads of a call: a dict with affinity (processors that this thread may "
+        "run on), quota (of time, in processors; 0: none), cap (FUSED_LSTM_THREADS; 0: not set), "
+        "forked (off a process with several threads).");
+  m.def("thread_limit", &thread_limit, py::arg("wanted"), py::arg("affinity"), py::arg("quota"),
+        py::arg("cap"), py::arg("forked"),
+        "The threads of a call when torch has `wanted`, with limits as `processors` gives them.");
+  m.def("processor_quota", &cpu::processor_quota, py::arg("proc_cgroup"), py::arg("mount"),
+        "The quota that control groups set: from a file as /proc/self/cgroup, and a folder as "
+        "/sys/fs/cgroup.");
+  py::class_<cpu::Contention>(m, "Contention", "How short calls avoid processors in demand.")
+      .def(py::init<>())
+      .def("limit", &cpu::Contention::limit, py::arg("threads"), py::arg("products"),
+           py::arg("now"))
+      .def("report", &cpu::Contention::report, py::arg("stalled"), py::arg("now"));
 #ifdef FUSED_LSTM_HAVE_CUDA
   m.def(
       "cuda_plan", &cuda_plan, py::arg("pass_"), py::arg("operands"), py::arg("T"), py::arg("B"),

@@ -138,6 +138,7 @@ class Backends:
     forced: str | None
     instruction_sets: tuple[tuple[str, bool], ...]
     instruction_set: str
+    threads: str
     build: dict[str, str]
 
     def __getitem__(self, name: str) -> Backend:
@@ -156,11 +157,25 @@ class Backends:
         for name, supported in self.instruction_sets:
             state = "yes" if supported else "no: this processor does not offer it"
             lines.append(f"{name:<12} {'in use' if name == self.instruction_set else state}")
+        lines.append(f"{'threads':<12} {self.threads}")
         lines.append("")
         lines.append("build")
         for key, value in self.build.items():
             lines.append(f"{key:<12} {value}")
         return "\n".join(line.rstrip() for line in lines)
+
+
+def _threads() -> str:
+    """How many threads a large call on the CPU takes, and what limits them."""
+    wanted, facts = torch.get_num_threads(), _C.processors()
+    words = [f"torch has {wanted}", f"processors {facts['affinity']}"]
+    if facts["quota"]:
+        words.append(f"control groups grant {facts['quota']:g}")
+    if facts["cap"]:
+        words.append(f"FUSED_LSTM_THREADS {facts['cap']}")
+    if facts["forked"]:
+        words.append("a forked child takes one")
+    return f"{_C.thread_limit(wanted, **facts)} of torch's: {', '.join(words)}"
 
 
 def backends() -> Backends:
@@ -183,5 +198,6 @@ def backends() -> Backends:
         forced=_forced,
         instruction_sets=tuple(_C.cpu_isas()),
         instruction_set=_C.cpu_isa(),
+        threads=_threads(),
         build=dict(_C.build_info()),
     )

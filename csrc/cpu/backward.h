@@ -49,7 +49,7 @@ struct BackwardPass {
   Direction direction[2];
   char* private_base;
   int64_t private_bytes;
-  Barrier* barriers;  // one for all threads, then one a row group of each direction
+  Barriers barriers;  // one for all threads, then one a row group of each direction
 
   BackwardPass(const Backward* args, int directions, int threads)
       : args(args), seq(args[0].seq), directions(directions) {
@@ -69,7 +69,7 @@ struct BackwardPass {
 
   int64_t lay_out(void* workspace) {
     Arena arena{static_cast<char*>(workspace)};
-    barriers = arena.take<Barrier>(1 + directions * team.row_groups);
+    barriers.take(arena, 1 + directions * team.row_groups);
     for (int d = 0; d < directions; ++d) {
       Direction& dir = direction[d];
       dir.hidden_panels = arena.take<Elem>(hidden.padded() * g_padded);
@@ -87,9 +87,6 @@ struct BackwardPass {
   }
 
   int team_size() const { return team.threads(); }
-  void clear_barriers() {
-    memset(barriers, 0, sizeof(Barrier) * size_t(1 + directions * team.row_groups));
-  }
 
   void run(int thread) const {
     if (thread >= team.threads()) return;

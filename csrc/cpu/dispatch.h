@@ -9,14 +9,15 @@
 namespace fused_lstm::cpu {
 
 // One instruction set's entry points for one compute dtype. `directions` structs (1 or 2) of the
-// same shape. The workspace needs 64-byte alignment; its size is for exactly these arguments.
+// same shape. The workspace needs 64-byte alignment; its size is for exactly these arguments. What
+// the passes return: a thread of theirs was waited for so long that it can't have had a processor.
 struct Kernel {
   int64_t (*forward_workspace)(const Forward* args, int directions, int threads);
-  void (*forward)(const Forward* args, int directions, int threads, void* workspace);
+  bool (*forward)(const Forward* args, int directions, int threads, void* workspace);
   int64_t (*backward_workspace)(const Backward* args, int directions, int threads);
-  void (*backward)(const Backward* args, int directions, int threads, void* workspace);
+  bool (*backward)(const Backward* args, int directions, int threads, void* workspace);
   int64_t (*gradients_workspace)(const Gradients* args, int directions, int threads);
-  void (*gradients)(const Gradients* args, int directions, int threads, void* workspace);
+  bool (*gradients)(const Gradients* args, int directions, int threads, void* workspace);
 };
 
 int isa_count();                  // sets built, slowest first

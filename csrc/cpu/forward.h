@@ -59,7 +59,7 @@ struct ForwardPass {
   Direction direction[2];
   char* private_base;
   int64_t private_bytes;
-  Barrier* barriers;  // one for all threads, then one a row group of each direction
+  Barriers barriers;  // one for all threads, then one a row group of each direction
 
   ForwardPass(const Forward* args, int directions, int threads)
       : args(args), seq(args[0].seq), directions(directions) {
@@ -90,7 +90,7 @@ struct ForwardPass {
 
   int64_t lay_out(void* workspace) {
     Arena arena{static_cast<char*>(workspace)};
-    barriers = arena.take<Barrier>(1 + directions * team.row_groups);
+    barriers.take(arena, 1 + directions * team.row_groups);
     for (int d = 0; d < directions; ++d) {
       Direction& dir = direction[d];
       dir.input_panels = arena.take<Elem>(dense ? 0 : blocks * kWidth * x_padded);
@@ -119,9 +119,6 @@ struct ForwardPass {
   }
 
   int team_size() const { return team.threads(); }
-  void clear_barriers() {
-    memset(barriers, 0, sizeof(Barrier) * size_t(1 + directions * team.row_groups));
-  }
 
   void run(int thread) const {
     if (thread >= team.threads()) return;

@@ -50,7 +50,7 @@ struct GradientsPass {
   Elem* input_panels[2];
   char* private_base;
   int64_t private_bytes;
-  Barrier* barriers;
+  Barriers barriers;
 
   GradientsPass(const Gradients* args, int directions, int threads)
       : args(args), seq(args[0].seq), directions(directions), threads(threads) {
@@ -64,7 +64,7 @@ struct GradientsPass {
 
   int64_t lay_out(void* workspace) {
     Arena arena{static_cast<char*>(workspace)};
-    barriers = arena.take<Barrier>(1);
+    barriers.take(arena, 1);
     if (N <= kFewRows) {
       private_base = static_cast<char*>(workspace) + arena.used;
       private_bytes = round_up(few_rows().workspace(), 4096);
@@ -87,7 +87,6 @@ struct GradientsPass {
   }
 
   int team_size() const { return threads; }
-  void clear_barriers() { memset(barriers, 0, sizeof(Barrier)); }
 
   void run(int thread) const {
     if (thread >= threads) return;

@@ -6,14 +6,61 @@
 #include <c10/core/Allocator.h>
 #include <torch/library.h>
 
+#include <chrono>
+
 #include "../operators.h"
 #include "block_cache.h"
 #include "dispatch.h"
+#include "processors.h"
 
 namespace fused_lstm::cpu {
 namespace {
 
-int thread_count() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+// One block for each calling thread, as large as its largest call yet: mapping a few MB anew costs
+// as much as a short sequence. Weights' size and a few rows, never T.
+void* workspace(int64_t bytes) {
+  constexpr int64_t kAlign = 64;
+  static thread_local std::vector<char> block;
+  if (int64_t(block.size()) < bytes + kAlign) {
+    block.clear();
+    block.resize(size_t(bytes + kAlign));
+  }
+  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(block.data()) + kAlign - 1) &
+                                 ~uintptr_t(kAlign - 1));
+}
+
+int64_t nanoseconds() {
+  return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
+}
+
+// The threads of one call, forward or backward, and what they tell the next.
+class Threads {
+ public:
+  explicit Threads(const Layer& layer)
+      : products_(layer.N * 4 * layer.H * (layer.I + layer.P) * layer.directions) {
+    const int wanted = at::in_parallel_region() ? 1 : at::get_num_threads();
+    if (wanted > 1)
+      count_ = contention().limit(thread_limit(wanted, processors()), products_, nanoseconds());
+  }
+
+  // A pass with these arguments, in a workspace of its size.
+  template <class Args>
+  void run(int64_t (*bytes)(const Args*, int, int), bool (*pass)(const Args*, int, int, void*),
+           const Args* args, int64_t directions) {
+    const int D = int(directions);
+    const bool stalled = pass(args, D, count_, workspace(bytes(args, D, count_)));
+    if (count_ > 1 && products_ < Contention::kShort) contention().report(stalled, nanoseconds());
+  }
+
+ private:
+  static Contention& contention() {
+    static Contention of_the_process;
+    return of_the_process;
+  }
+
+  int64_t products_;
+  int count_ = 1;
+};
 
 // torch's way to memory from the block cache: tensors that own it, and can be resized like any
 // other.
@@ -46,19 +93,6 @@ at::Tensor buffer(at::IntArrayRef shape, const at::TensorOptions& options) {
                                    c10::typeMetaToScalarType(options.dtype()), std::nullopt);
 }
 
-// One block for each calling thread, as large as its largest call yet: mapping a few MB anew costs
-// as much as a short sequence. Weights' size and a few rows, never T.
-void* workspace(int64_t bytes) {
-  constexpr int64_t kAlign = 64;
-  static thread_local std::vector<char> block;
-  if (int64_t(block.size()) < bytes + kAlign) {
-    block.clear();
-    block.resize(size_t(bytes + kAlign));
-  }
-  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(block.data()) + kAlign - 1) &
-                                 ~uintptr_t(kAlign - 1));
-}
-
 Results forward(const ForwardCall& call) {
   const Layer& layer = call.layer;
   const int64_t D = layer.directions;
@@ -86,8 +120,7 @@ Results forward(const ForwardCall& call) {
     a.cells = part(results.cells, d);
   }
   const Kernel& kernel = active_kernel(call.dtype);
-  const int threads = thread_count();
-  kernel.forward(args, int(D), threads, workspace(kernel.forward_workspace(args, int(D), threads)));
+  Threads(layer).run(kernel.forward_workspace, kernel.forward, args, D);
   return results;
 }
 
@@ -151,11 +184,9 @@ LayerGradients backward(const BackwardCall& call) {
     g.grad_weight_hr = layer.projected ? target(call.each - 1) : nullptr;
   }
   const Kernel& kernel = active_kernel(call.dtype);
-  const int threads = thread_count();
-  kernel.backward(back, int(D), threads,
-                  workspace(kernel.backward_workspace(back, int(D), threads)));
-  kernel.gradients(products, int(D), threads,
-                   workspace(kernel.gradients_workspace(products, int(D), threads)));
+  Threads threads(layer);
+  threads.run(kernel.backward_workspace, kernel.backward, back, D);
+  threads.run(kernel.gradients_workspace, kernel.gradients, products, D);
   for (int64_t d = 0; layer.biased && d < D; ++d)
     if (call.needs_weight(d, 2) && call.needs_weight(d, 3))
       grads.weights[d * call.each + 3].copy_(grads.weights[d * call.each + 2]);

@@ -21,16 +21,20 @@ static int64_t workspace_bytes(const Args* args, int directions, int threads) {
 }
 
 template <class Pass, class Args>
-static void run(const Args* args, int directions, int threads, void* workspace) {
+static bool run(const Args* args, int directions, int threads, void* workspace) {
   auto attempt = [&](int n) {
     Pass pass(args, directions, n);
     pass.lay_out(workspace);
-    pass.clear_barriers();
+    pass.barriers.clear();
     // All n threads, though the team may be smaller: OpenMP ends and remakes threads when their
     // number changes.
-    return run_team(pass.team_size() == 1 ? 1 : n, [&](int thread) { pass.run(thread); });
+    const int team = pass.team_size() == 1 ? 1 : n;
+    const Outcome outcome = run_team(team, [&](int thread) { pass.run(thread); });
+    return outcome == kDone && pass.barriers.stalled() ? kStalled : outcome;
   };
-  if (!attempt(threads)) attempt(1);
+  Outcome outcome = attempt(threads);
+  if (outcome == kRefused) outcome = attempt(1);
+  return outcome == kStalled;
 }
 
 template <class T>

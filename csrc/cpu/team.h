@@ -6,7 +6,7 @@
 // are therefore split by rows, larger ones by units.
 #pragma once
 
-#include <sched.h>
+#include <time.h>
 
 #include <cstdint>
 
@@ -22,6 +22,7 @@
 
 #include "../lstm.h"
 #include "packing.h"
+#include "seats.h"
 
 namespace fused_lstm::cpu::FUSED_LSTM_ISA {
 
@@ -79,10 +80,21 @@ struct Place {
         unit_group(thread % team.unit_groups) {}
 };
 
-// Spins briefly, then yields, so that processes which share the cores do not starve each other.
+FUSED_LSTM_INLINE int64_t nanoseconds() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return int64_t(now.tv_sec) * 1000000000 + now.tv_nsec;
+}
+
+// Spins for some 10 to 20 us, longer than threads of equal shares wait for each other when both are
+// running. Then it yields: the one that it waits for may want this processor.
 struct alignas(64) Barrier {
+  static constexpr int kSpins = 512;
+  static constexpr int64_t kStallNs = 500000;  // a sleeping thread wakes in 100 us at most
+
   int arrived;
   int generation;
+  int stalled;  // somebody waited for longer than kStallNs
 
   void wait(int threads) {
     if (threads == 1) return;
@@ -92,14 +104,17 @@ struct alignas(64) Barrier {
       __atomic_store_n(&generation, before + 1, __ATOMIC_RELEASE);
       return;
     }
+    int64_t since = 0;
     for (int spins = 0; __atomic_load_n(&generation, __ATOMIC_ACQUIRE) == before; ++spins) {
-      if (spins < 4000) {
+      if (spins < kSpins) {
 #if defined(__x86_64__)
         _mm_pause();
 #endif
-      } else {
-        sched_yield();
+        continue;
       }
+      if (!since) since = nanoseconds();
+      sched_yield();
+      if (nanoseconds() - since > kStallNs) __atomic_store_n(&stalled, 1, __ATOMIC_RELAXED);
     }
   }
 };
@@ -117,35 +132,68 @@ struct Arena {
   }
 };
 
-// body(thread) on every thread of the team. OpenMP may grant fewer threads than asked for, and the
-// barriers need them all: false then, and nothing has run.
+// A pass's barriers, in its workspace.
+struct Barriers {
+  Barrier* first = nullptr;
+  int64_t count = 0;
+
+  void take(Arena& arena, int64_t wanted) {
+    count = wanted;
+    first = arena.take<Barrier>(count);
+  }
+  void clear() { memset(first, 0, sizeof(Barrier) * size_t(count)); }
+  Barrier& operator[](int64_t index) const { return first[index]; }
+  bool stalled() const {
+    for (int64_t index = 0; index < count; ++index)
+      if (first[index].stalled) return true;
+    return false;
+  }
+};
+
+enum Outcome {
+  kRefused,  // nothing has run: OpenMP granted fewer threads than asked for
+  kStalled,  // a thread was waited for at the end for longer than kStallNs
+  kDone
+};
+
+// body(thread) on every thread of the team, or on none: the barriers need them all. They meet at
+// the end, for OpenMP's own barrier spins for milliseconds and would keep a thread's processor from
+// the one that it waits for.
 template <class Body>
-static bool run_team(int threads, const Body& body) {
+static Outcome run_team(int threads, const Body& body) {
   if (threads == 1) {
     body(0);
-    return true;
+    return kDone;
   }
+  Barrier end{};
 #if defined(__SANITIZE_THREAD__)  // which knows nothing of how OpenMP's threads wait for each other
   std::vector<std::thread> others;
   for (int thread = 1; thread < threads; ++thread)
-    others.emplace_back([&body, thread] { body(thread); });
+    others.emplace_back([&, thread] {
+      body(thread);
+      end.wait(threads);
+    });
   body(0);
+  end.wait(threads);
   for (std::thread& other : others) other.join();
-  return true;
 #elif defined(_OPENMP)
   bool complete = true;
+  Seats seats;
 #pragma omp parallel num_threads(threads)
   {
     if (omp_get_num_threads() == threads) {
+      seats.take();
       body(omp_get_thread_num());
+      end.wait(threads);
     } else if (omp_get_thread_num() == 0) {
       complete = false;
     }
   }
-  return complete;
+  if (!complete) return kRefused;
 #else
-  return false;
+  return kRefused;
 #endif
+  return end.stalled ? kStalled : kDone;
 }
 
 // Columns of a plain product (not gates) cut into blocks of up to four vectors.

@@ -1,0 +1,151 @@
+"""How many threads a call takes, and that it ends with any number of them, after fork() too."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from fresh_process import run_python
+
+from fused_lstm import _C, backends
+
+
+@pytest.mark.parametrize(
+    ("wanted", "affinity", "quota", "cap", "forked", "expected"),
+    [
+        (64, 64, 0.0, 0, False, 64),
+        (64, 2, 0.0, 0, False, 2),
+        (64, 64, 2.0, 0, False, 2),  # a container with two processors of a host of 64
+        (64, 64, 1.5, 0, False, 2),
+        (64, 64, 0.25, 0, False, 1),
+        (4, 8, 16.0, 0, False, 4),
+        (8, 8, 0.0, 3, False, 3),
+        (2, 8, 0.0, 5, False, 2),  # the cap adds nothing
+        (8, 8, 0.0, 0, True, 1),
+    ],
+)
+def test_limit(
+    wanted: int, affinity: int, quota: float, cap: int, forked: bool, expected: int
+) -> None:
+    assert _C.thread_limit(wanted, affinity, quota, cap, forked) == expected
+
+
+V2, V1 = "0::/a/b\n", "12:cpuset:/a\n4:cpu,cpuacct:/a/b\n1:name=systemd:/a\n0::/\n"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        (V2, {"a/b/cpu.max": "200000 100000"}, 2.0),
+        (V2, {"a/cpu.max": "150000 100000", "a/b/cpu.max": "max 100000"}, 1.5),
+        (V2, {"a/cpu.max": "50000 100000", "a/b/cpu.max": "200000 100000"}, 0.5),
+        (V2, {"cpu.max": "300000 100000"}, 3.0),  # mounted at the group itself, as in a container
+        (V2, {"a/b/cpu.max": "max 100000"}, 0.0),
+        (V2, {"a/b/cpu.max": "nonsense"}, 0.0),
+        (V1, {f"cpu,cpuacct/a/b/cpu.cfs_{k}_us": v for k, v in
+              (("quota", "250000"), ("period", "100000"))}, 2.5),
+        (V1, {f"cpu/cpu.cfs_{k}_us": v for k, v in
+              (("quota", "400000"), ("period", "100000"))}, 4.0),
+        (V1, {f"cpu/a/b/cpu.cfs_{k}_us": v for k, v in
+              (("quota", "-1"), ("period", "100000"))}, 0.0),
+        ("", {}, 0.0),
+        ("no colons", {}, 0.0),
+    ],
+)  # fmt: skip
+def test_quota(tmp_path: Path, groups: str, files: dict[str, str], expected: float) -> None:
+    (tmp_path / "groups").write_text(groups)
+    for name, text in files.items():
+        path = tmp_path / "mount" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    assert _C.processor_quota(str(tmp_path / "groups"), str(tmp_path / "mount")) == expected
+
+
+def test_no_control_groups(tmp_path: Path) -> None:
+    assert _C.processor_quota(str(tmp_path / "none"), str(tmp_path)) == 0.0
+
+
+WORK = """
+import os, sys, torch
+from fused_lstm import FusedLSTM
+torch.set_num_threads({threads})
+torch.manual_seed(0)
+lstm = FusedLSTM(63, 65, 2)
+x = torch.randn(3, 17, 63)  # small enough for torch itself to take one thread
+def results():
+    lstm.zero_grad()
+    lstm(x)[0].square().sum().backward()
+    return [p.grad.clone() for p in lstm.parameters()]
+def same(a, b):
+    return all(map(torch.equal, a, b))
+"""
+
+
+def test_short_calls_take_one_thread_after_a_stall() -> None:
+    """For 20 ms, for twice as long each time that the next attempt stalls soon, 2 s at most."""
+    ms, short, long = 1_000_000, 1_000_000, 100_000_000
+    contention = _C.Contention()
+    assert contention.limit(2, short, 0) == 2
+    contention.report(False, 0)
+    assert contention.limit(2, short, 1) == 2
+    contention.report(True, 10 * ms)
+    assert contention.limit(2, short, 29 * ms) == 1
+    assert contention.limit(2, long, 29 * ms) == 2
+    assert contention.limit(2, short, 30 * ms) == 2
+    now, pause = 30 * ms, 20 * ms
+    for _ in range(12):  # again and again, as soon as it is tried
+        contention.report(True, now)
+        pause = min(2 * pause, 2000 * ms)
+        assert contention.limit(2, short, now + pause - 1) == 1
+        assert contention.limit(2, short, now + pause) == 2
+        now += pause
+    now += 100_000 * ms  # after a long time without, a stall is an accident again
+    contention.report(True, now)
+    assert contention.limit(2, short, now + 20 * ms) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_no_more_threads_than_processors() -> None:
+    code = WORK.format(threads=16) + (
+        "with torch.no_grad():\n"
+        "    before = len(os.listdir('/proc/self/task')); lstm(x)\n"
+        "    print(len(os.listdir('/proc/self/task')) - before)"
+    )
+    found = run_python("-c", code)
+    assert int(found.stdout) < len(os.sched_getaffinity(0)), found.stderr
+
+
+def test_cap() -> None:
+    code = WORK.format(threads=16) + "print(_C.processors()['cap'], same(results(), results()))"
+    found = run_python("-c", "from fused_lstm import _C\n" + code, FUSED_LSTM_THREADS="1")
+    assert found.stdout == "1 True\n", found.stderr
+    table = run_python("-m", "fused_lstm", FUSED_LSTM_THREADS="1").stdout
+    assert "FUSED_LSTM_THREADS 1" in table and "\nthreads      1 of " in table
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
+def test_a_forked_child_computes_the_same_bits() -> None:
+    """OpenMP's threads are not in it: a parallel region would wait for them for ever."""
+    code = (
+        WORK.format(threads=2)
+        + """
+from fused_lstm import _C
+expected = results()
+child = os.fork()
+if child == 0:
+    import signal
+    signal.alarm(60)
+    torch.set_num_threads(2)
+    os._exit(0 if same(results(), expected) and _C.processors()["forked"] else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), _C.processors()["forked"])
+"""
+    )
+    found = run_python("-c", code)
+    assert found.stdout == "0 False\n", found.stdout + found.stderr
+
+
+def test_the_table_says_how_many() -> None:
+    facts = _C.processors()
+    assert f"processors {facts['affinity']}" in str(backends())
