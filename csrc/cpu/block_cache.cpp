@@ -21,7 +21,7 @@ size_t size_class(size_t bytes) {
 
 #if defined(__linux__)
 
-// Mapped by themselves: from the C library's heap they would leave holes. Large ones in huge pages.
+// Mapped by themselves: from the C library's heap they would leave holes.
 void* allocate(size_t bytes) {
   const size_t alignment = bytes >= 2 * kHugePage ? kHugePage : kPage, room = bytes + alignment;
   char* mapped = static_cast<char*>(
@@ -49,6 +49,10 @@ void release(const BlockCache::Block& block) { std::free(block.data); }
 #endif
 
 }  // namespace
+
+BlockCache::Block BlockCache::map(size_t bytes) { return {allocate(bytes), bytes}; }
+
+void BlockCache::unmap(const Block& block) { release(block); }
 
 BlockCache& BlockCache::instance() {
   static BlockCache* cache = new BlockCache();

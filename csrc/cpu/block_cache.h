@@ -20,8 +20,12 @@ class BlockCache {
     size_t bytes;
   };
 
-  // At least `bytes`, aligned to a page, or to a huge page where it spans several. Throws
-  // std::bad_alloc.
+  // A block of its own, aligned to a page, or to a huge page and in such where it spans several.
+  // Throws std::bad_alloc.
+  static Block map(size_t bytes);
+  static void unmap(const Block& block);
+
+  // At least `bytes`, mapped or kept from before.
   Block take(size_t bytes);
   // Keeps the block for a later call. What is kept beyond FUSED_LSTM_CACHE_MB (512), or makes, with
   // what is in use, over a quarter more than ever was in use at once, is freed, oldest first: many

@@ -17,16 +17,24 @@ namespace fused_lstm::cpu {
 namespace {
 
 // One block for each calling thread, as large as its largest call yet: mapping a few MB anew costs
-// as much as a short sequence. Weights' size and a few rows, never T.
+// as much as a short sequence. Weights' size and a few rows, never T. The packed weights are read at
+// every step, and where they are larger than the second-level cache, from few pages.
 void* workspace(int64_t bytes) {
-  constexpr int64_t kAlign = 64;
-  static thread_local std::vector<char> block;
-  if (int64_t(block.size()) < bytes + kAlign) {
-    block.clear();
-    block.resize(size_t(bytes + kAlign));
+  struct Workspace {
+    BlockCache::Block block{nullptr, 0};
+    ~Workspace() { clear(); }
+    void clear() {
+      if (block.data) BlockCache::unmap(block);
+      block = {nullptr, 0};
+    }
+  };
+  static thread_local Workspace own;
+  if (int64_t(own.block.bytes) < bytes) {
+    own.clear();
+    constexpr size_t kPage = 4096;
+    own.block = BlockCache::map((size_t(bytes) + kPage - 1) / kPage * kPage);
   }
-  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(block.data()) + kAlign - 1) &
-                                 ~uintptr_t(kAlign - 1));
+  return own.block.data;
 }
 
 int64_t nanoseconds() {
