@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from charlm.cli import main
-from charlm.corpus import Vocabulary, builtin_text, excerpt, read_text
+from charlm.corpus import Text, builtin_text, read_corpus
 from charlm.interrupt import Interrupt
 from charlm.model import CharacterModel
-from charlm.presets import PRESETS
+from charlm.presets import read_preset
 from charlm.runfolder import RunFolder
 from charlm.training import Trainer
 from click.testing import CliRunner, Result
@@ -202,14 +202,14 @@ def test_divergence_is_named(text: Path) -> None:
         (["--text", "empty.txt"], "has 0 characters"),
         (["--text", "short.txt"], "has 1,801 characters, too few for one batch, which takes "
                                   "32 x 64 + 1 = 2,049"),
-        (["--prompt", "caf\xe9"], "the prompt has the character 'é', which is not among the"),
+        (["--prompt", "caf\xe9"], "the prompt has the character 'é' at position 3, which"),
         (["--epochs", 2, "--steps", 3], "give one of epochs and steps, not both"),
         (["--lr", "nan"], "lr must be positive, got nan"),
         (["--batch-size", 0], "batch-size must be positive, got 0"),
         (["--dropout", 1], "dropout must be at least 0 and below 1, got 1.0"),
         (["--seed", 2**32], "seed must be at least 0 and below 2**32"),
         (["--threads", -1], "threads must be positive, got -1"),
-        (["--cell", "gru"], "'gru' is not one of"),
+        (["--cell", "nas"], "'nas' is not one of"),
         (["--preset", "absent"], "'absent' is not one of"),
         (["--device", "absent"], "cannot use device 'absent'"),
         (["--device", "meta"], "cannot use device 'meta'"),
@@ -245,7 +245,7 @@ def test_a_place_that_takes_no_folder(text: Path) -> None:
 
 def synthetic_letter(seed: int) -> str:
     """A text of the recipe's shape: a mark, 60 distinct characters from 1380 to 8230."""
-    prompt = str(PRESETS["frankenstein"].prompt)
+    prompt = str(read_preset("frankenstein")[0].prompt)
     others = [chr(code) for code in range(33, 127) if chr(code) not in prompt + "Letter 1"]
     alphabet = sorted({*prompt, *"Letter 1"})
     alphabet += others[: 60 - len(alphabet)]
@@ -274,9 +274,11 @@ def test_frankenstein_counts(seed: int, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_frankenstein_loss_is_the_mean_over_batches_of_the_documents_model(seed: int) -> None:
     """One epoch beside the document's own loop: nn.LSTM, zero states, nothing else."""
-    config = PRESETS["frankenstein"].override({"cell": "lstm", "epochs": 1, "batch_size": 300})
-    letter = excerpt(synthetic_letter(seed), 1380, 8230)
-    trainer = Trainer(config, Vocabulary.of(letter).encode(letter), 60)
+    config = read_preset("frankenstein")[0].override(
+        {"cell": "lstm", "epochs": 1, "batch_size": 300}
+    )
+    Path("f.txt").write_text(synthetic_letter(seed), encoding="utf-8")
+    trainer = Trainer(config, read_corpus(Text(["f.txt"]), characters=(1380, 8230)).ids, 60)
     torch.manual_seed(config.seed)
     embedding = torch.nn.Embedding(60, 48)
     lstm = torch.nn.LSTM(48, 96, batch_first=True)
@@ -329,6 +331,7 @@ REAL_TEXTS = os.environ.get("CHARLM_DATA")  # before the fixture hides it
 def test_reading_keeps_the_mark_and_normalises_line_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     data = "\ufeffa\r\nb\rc\n".encode()
     Path("t.txt").write_bytes(data)
-    assert read_text("t.txt") == ("t.txt", "\ufeffa\nb\nc\n")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
-    assert read_text("-") == ("standard input", "\ufeffa\nb\nc\n")
+    for source in ("t.txt", "-"):
+        corpus = read_corpus(Text([source]))
+        assert corpus.vocabulary.decode(corpus.ids) == "\ufeffa\nb\nc\n"

@@ -6,16 +6,19 @@ import pickle
 from pathlib import Path
 
 import charlm.runfolder
+import numpy as np
 import pytest
 import torch
 from charlm.batches import Rows, Windows, rows_for_evaluation
-from charlm.corpus import Vocabulary, builtin_text, split
+from charlm.corpus import builtin_text, split
 from charlm.errors import CharlmError
 from charlm.evaluation import bits_per_character, evaluate, perplexity
 from charlm.model import CharacterModel
-from charlm.presets import PRESETS, Config
+from charlm.optimisation import Place, Record, learning_rate
+from charlm.presets import preset_names, read_preset
 from charlm.runfolder import RunFolder, write_atomically
-from charlm.training import Record, learning_rate
+from charlm.settings import Config
+from charlm.vocabulary import Vocabulary
 from torch.nn import functional
 
 
@@ -30,13 +33,13 @@ def test_vocabulary_is_sorted_and_goes_both_ways() -> None:
 
 
 def test_split_cuts_in_order() -> None:
-    parts = split(torch.arange(33), [0.1, 0.1])
+    parts = split(np.arange(33), [0.1, 0.1])
     assert [len(part) for part in parts] == [27, 3, 3]
-    assert torch.equal(torch.cat(parts), torch.arange(33))
+    assert np.array_equal(np.concatenate(parts), np.arange(33))
 
 
 def test_rows_go_on_where_they_ended() -> None:
-    ids = torch.arange(3 * 17 * 4 + 3 * 5 + 2)  # 4 windows a row and a bit, and a bit more
+    ids = np.arange(3 * 17 * 4 + 3 * 5 + 2)  # 4 windows a row and a bit, and a bit more
     rows = Rows(ids, window=17, batch_size=3)
     batches = list(rows.epoch(0))
     assert len(rows) == len(batches) == 4 and rows.samples == 12
@@ -50,7 +53,7 @@ def test_rows_go_on_where_they_ended() -> None:
 
 @pytest.mark.parametrize("stride", [1, 3, 17])
 def test_windows_show_each_sample_once_in_another_order(stride: int) -> None:
-    ids = torch.arange(129)
+    ids = np.arange(129)
     windows = Windows(ids, window=17, batch_size=33, stride=stride, seed=1)
     assert windows.samples == (129 - 18) // stride + 1
     orders = []
@@ -70,20 +73,20 @@ def test_windows_show_each_sample_once_in_another_order(stride: int) -> None:
 
 
 def test_too_short_texts() -> None:
-    Windows(torch.arange(18), window=17, batch_size=3, stride=1, seed=0)
+    Windows(np.arange(18), window=17, batch_size=3, stride=1, seed=0)
     with pytest.raises(CharlmError, match="17 characters, too few for one window of 17"):
-        Windows(torch.arange(17), window=17, batch_size=3, stride=1, seed=0)
-    Rows(torch.arange(52), window=17, batch_size=3)
+        Windows(np.arange(17), window=17, batch_size=3, stride=1, seed=0)
+    Rows(np.arange(52), window=17, batch_size=3)
     with pytest.raises(CharlmError, match=r"takes 3 x 17 \+ 1 = 52"):
-        Rows(torch.arange(51), window=17, batch_size=3)
-    assert rows_for_evaluation(torch.arange(17), window=17, batch_size=3) is None
-    assert rows_for_evaluation(torch.arange(18), window=17, batch_size=3).samples == 1
+        Rows(np.arange(51), window=17, batch_size=3)
+    assert rows_for_evaluation(np.arange(17), window=17, batch_size=3) is None
+    assert rows_for_evaluation(np.arange(18), window=17, batch_size=3).samples == 1
 
 
 def test_evaluation_weighs_every_character_alike_with_dropout_off() -> None:
     model = CharacterModel(9, embedding=0, hidden=17, layers=2, dropout=0.5, cell="fused")
     ids = torch.randint(9, (1 + 3 * 40,))
-    batches = rows_for_evaluation(ids, window=17, batch_size=3)
+    batches = rows_for_evaluation(ids.numpy(), window=17, batch_size=3)
     loss = evaluate(model, batches)
     assert model.training, "the mode was changed"
     # The same in one pass: the states carried over three windows are those of one long one.
@@ -110,18 +113,20 @@ def test_model_shapes(embedding: int) -> None:
 
 def test_learning_rate() -> None:
     cosine = Config(preset="", schedule="cosine", warmup=0.1, lr=2.0, steps=100)
-    rates = [learning_rate(cosine, step, 100) for step in range(100)]
+    rates = [learning_rate(cosine, Place(step, 100, 0)) for step in range(100)]
     assert rates.index(max(rates)) == 10 and max(rates) == 2.0
     assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[55] == pytest.approx(1.0) and 0 < rates[99] < 0.001
     constant = Config(preset="", lr=2.0, steps=100)
-    assert {learning_rate(constant, step, 100) for step in range(100)} == {2.0}
+    assert {learning_rate(constant, Place(step, 100, 0)) for step in range(100)} == {2.0}
 
 
 def test_settings_go_through_json() -> None:
-    for config in PRESETS.values():
+    for name in preset_names():
+        config, description = read_preset(name)
+        assert description
         assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
-    config = PRESETS["default"]
+    config = read_preset("default")[0]
     assert config.override({"epochs": 3}).steps is None
     assert config.override({"hidden": None}) == config
     with pytest.raises(CharlmError, match="batches must be one of rows, windows"):
@@ -158,7 +163,7 @@ def test_metrics_leave_out_what_is_not_there(tmp_path: Path) -> None:
 @pytest.fixture
 def saved(tmp_path: Path) -> RunFolder:
     folder = RunFolder.create(tmp_path / "run", "default")
-    folder.write_config(PRESETS["default"].override({"prompt": "\u2603"}), {"ids": 3})
+    folder.write_config(read_preset("default")[0].override({"prompt": "\u2603"}), {"ids": 3})
     torch.manual_seed(1)
     model = CharacterModel(4, embedding=5, hidden=3, layers=1, dropout=0.1, cell="fused")
     folder.write_model(model, Vocabulary("\n a\u2603"))
@@ -173,7 +178,7 @@ def test_model_and_settings_come_back(saved: RunFolder) -> None:
     assert model.hyperparameters == same.hyperparameters and not model.training
     for name, value in same.state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
-    assert saved.read_config() == PRESETS["default"].override({"prompt": "\u2603"})
+    assert saved.read_config() == read_preset("default")[0].override({"prompt": "\u2603"})
 
 
 class Explosive:

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from charlm.cli import main
-from charlm.corpus import Vocabulary, builtin_text
+from charlm.corpus import builtin_text
 from charlm.errors import CharlmError
 from charlm.model import CharacterModel
 from charlm.sampling import choose, sample
+from charlm.vocabulary import Vocabulary
 from click.testing import CliRunner
 
 VOCABULARY = Vocabulary(" abcdefghijklmnop")
@@ -113,7 +114,10 @@ def test_equal_scores_are_taken_in_order() -> None:
         ({"top_p": math.nan}, "top-p must be above 0"),
         ({"length": -1}, "length must be at least 0, got -1"),
         ({"prompt": ""}, "the prompt is empty"),
-        ({"prompt": "abz"}, "the prompt has the character 'z', which is not among the 17"),
+        (
+            {"prompt": "abz"},
+            "the prompt has the character 'z' at position 2, which is",
+        ),
     ],
 )
 def test_bad_arguments(model: CharacterModel, options: dict, message: str) -> None:
@@ -165,7 +169,10 @@ def test_command_passes_its_options_on(run: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", "\u2603"], "the prompt has the character '\u2603', which is not among"),
+        (
+            ["--prompt", "\u2603"],
+            "the prompt has the character '\u2603' at position 0, which",
+        ),
         (["--top-p", "2"], "top-p must be above 0 and at most 1, got 2.0"),
         (["--temperature", "-0.5"], "temperature must be at least 0, got -0.5"),
         (["--seed", "-1"], "seed must be at least 0"),

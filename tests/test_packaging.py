@@ -281,7 +281,7 @@ def test_wheel_from_the_sdist(sdist: Path, tmp_path: Path) -> None:
     assert {f"fused_lstm/{name}" for name in files} <= names
     packages = {"fused_lstm": "fused_lstm", "charlm": "python/charlm"}
     for package, folder in packages.items():
-        for path in (ROOT / folder).rglob("*.py"):
+        for path in [*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.toml")]:
             assert f"{package}/{path.relative_to(ROOT / folder)}" in names
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == set(packages)
     assert not any("gone" in name for name in names)

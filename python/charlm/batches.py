@@ -1,18 +1,23 @@
 """How a text becomes batches: features (B, T) and labels (B, T), the features one place on.
 
 Both kinds give batch `b` of epoch `e` as a pure function of (ids, sizes, seed, e, b), so training
-can continue at any place from two numbers and no generator has to be saved.
+can continue at any place from two numbers and no generator has to be saved. Neither makes anything
+as long as the text: it may be a memory map that doesn't fit into memory.
 """
 
 from collections.abc import Iterator
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from charlm.corpus import Ids, release
 from charlm.errors import CharlmError
+from charlm.shuffling import Permutation
 
 Batch = tuple[Tensor, Tensor]
+_RELEASE_EVERY = 16  # batches; each reads 64 KB a row, the pages around it included
 
 
 class Batches(Protocol):
@@ -25,7 +30,11 @@ class Batches(Protocol):
         """Batches an epoch."""
 
     def epoch(self, index: int, first: int = 0) -> Iterator[Batch]:
-        """The batches of epoch `index`, from batch `first` on."""
+        """The batches of epoch `index`, from batch `first` on; int64, on the CPU."""
+
+
+def _tensor(ids: Ids) -> Tensor:
+    return torch.from_numpy(ids.astype(np.int64))
 
 
 class Windows:
@@ -39,13 +48,16 @@ class Windows:
 
     carried = False
 
-    def __init__(self, ids: Tensor, window: int, batch_size: int, stride: int, seed: int) -> None:
+    def __init__(self, ids: Ids, window: int, batch_size: int, stride: int, seed: int) -> None:
         if len(ids) <= window:
             raise CharlmError(
                 f"the training text has {len(ids):,} characters, too few for one window of "
-                f"{window} and the character after it: use a longer text or a smaller --window"
+                f"{window} and the character after it, {window + 1:,}: use a longer text or a "
+                "smaller --window"
             )
-        self._windows = ids.unfold(0, window + 1, stride)  # (samples, T + 1), a view
+        # (samples, T + 1), a view
+        self._ids = ids
+        self._windows = np.lib.stride_tricks.sliding_window_view(ids, window + 1)[::stride]
         self._batch_size = batch_size
         self._seed = seed
         self.samples = len(self._windows)
@@ -55,10 +67,12 @@ class Windows:
 
     def epoch(self, index: int, first: int = 0) -> Iterator[Batch]:
         # Seeds of neighbouring runs must not share epochs, as seed + index would.
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + index)
-        order = torch.randperm(self.samples, generator=generator)
-        for chosen in order.split(self._batch_size)[first:]:
-            window = self._windows[chosen.to(self._windows.device)]
+        order = Permutation(self.samples, self._seed * 1_000_003 + index)
+        for batch in range(first, len(self)):
+            if batch % _RELEASE_EVERY == 0:
+                release(self._ids)
+            begin = batch * self._batch_size
+            window = _tensor(self._windows[order(begin, begin + self._batch_size)])
             yield window[:, :-1], window[:, 1:]
 
 
@@ -75,7 +89,7 @@ class Rows:
 
     carried = True
 
-    def __init__(self, ids: Tensor, window: int, batch_size: int, partial: bool = False) -> None:
+    def __init__(self, ids: Ids, window: int, batch_size: int, partial: bool = False) -> None:
         columns = (len(ids) - 1) // batch_size
         if columns < window:
             raise CharlmError(
@@ -86,21 +100,24 @@ class Rows:
         if not partial:
             columns -= columns % window
         count = batch_size * columns
-        self._features = ids[:count].view(batch_size, columns)
-        self._labels = ids[1 : count + 1].view(batch_size, columns)
+        self._ids = ids
+        self._features = ids[:count].reshape(batch_size, columns)  # a view
+        self._labels = ids[1 : count + 1].reshape(batch_size, columns)
         self._window = window
         self.samples = batch_size * len(self)
 
     def __len__(self) -> int:
-        return -(-self._features.size(1) // self._window)
+        return -(-self._features.shape[1] // self._window)
 
     def epoch(self, index: int, first: int = 0) -> Iterator[Batch]:
-        features = self._features.split(self._window, dim=1)
-        labels = self._labels.split(self._window, dim=1)
-        yield from zip(features[first:], labels[first:], strict=True)
+        for begin in range(first * self._window, self._features.shape[1], self._window):
+            if begin // self._window % _RELEASE_EVERY == 0:
+                release(self._ids)
+            place = slice(begin, begin + self._window)
+            yield _tensor(self._features[:, place]), _tensor(self._labels[:, place])
 
 
-def rows_for_evaluation(ids: Tensor, window: int, batch_size: int) -> Rows | None:
+def rows_for_evaluation(ids: Ids, window: int, batch_size: int) -> Rows | None:
     """Rows over a held-out part, as many as it fills with a window each; None for too short."""
     rows = min(batch_size, (len(ids) - 1) // window)
     return Rows(ids, window, rows, partial=True) if rows > 0 else None

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from charlm.commands.presets import presets_command
 from charlm.commands.sample import sample_command
 from charlm.commands.train import train
 from charlm.errors import CharlmError
@@ -30,3 +31,4 @@ def main() -> None:
 
 main.add_command(train)
 main.add_command(sample_command)
+main.add_command(presets_command)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -10,28 +11,43 @@ from charlm.errors import CharlmError
 
 States = tuple[Tensor, ...]
 
-CELLS = ("fused", "lstm")
 
-
-def recurrent_class(cell: str) -> Callable[..., nn.Module]:
-    """The module class of a cell: fused_lstm.FusedLSTM or torch.nn.LSTM.
-
-    Both initialise the same parameters in the same order, so a seed gives both the same weights.
-
-    Raises:
-        CharlmError: fused_lstm can't be imported, or there is no such cell.
-    """
-    if cell == "lstm":
-        return nn.LSTM
-    if cell != "fused":
-        raise CharlmError(f"no cell is called {cell!r}: choose one of {', '.join(CELLS)}")
+def _fused(**arguments: Any) -> nn.RNNBase:
     try:
         from fused_lstm import FusedLSTM
     except ImportError as error:
         raise CharlmError(
             f"cell 'fused' needs fused_lstm ({error}): reinstall it, or pass --cell lstm"
         ) from error
-    return FusedLSTM
+    return FusedLSTM(**arguments)
+
+
+# fused and lstm initialise the same parameters in the same order, so a seed gives both the same
+# weights.
+CELLS: dict[str, Callable[..., nn.RNNBase]] = {
+    "fused": _fused,
+    "lstm": nn.LSTM,
+    "gru": nn.GRU,
+    "rnn": nn.RNN,
+}
+
+
+def _torch_weights(recurrent: nn.RNNBase) -> None:
+    """U(±1/sqrt(H)), as the constructor has drawn them."""
+
+
+def _xavier_weights(recurrent: nn.RNNBase) -> None:
+    """Each gate's matrix Xavier-uniform, biases zero (document 004's RNN)."""
+    with torch.no_grad():
+        for name, parameter in recurrent.named_parameters():
+            if name.startswith("bias"):
+                parameter.zero_()
+            else:
+                for gate in parameter.split(recurrent.hidden_size):
+                    nn.init.xavier_uniform_(gate)
+
+
+INITIAL_WEIGHTS = {"torch": _torch_weights, "xavier": _xavier_weights}
 
 
 class CharacterModel(nn.Module):
@@ -43,7 +59,11 @@ class CharacterModel(nn.Module):
         hidden: H, units a layer.
         layers: recurrent layers.
         dropout: probability, between the layers and before the linear one.
-        cell: "fused" or "lstm".
+        cell: one of CELLS.
+        biases: 2, torch's b_ih and b_hh, or 1: b_hh is zero and not a parameter that is learned.
+
+    Raises:
+        CharlmError: there is no such cell, or fused_lstm can't be imported.
     """
 
     def __init__(
@@ -55,8 +75,11 @@ class CharacterModel(nn.Module):
         layers: int,
         dropout: float,
         cell: str,
+        biases: int = 2,
     ) -> None:
         super().__init__()
+        if cell not in CELLS:
+            raise CharlmError(f"no cell is called {cell!r}: choose one of {', '.join(CELLS)}")
         self.vocabulary_size = vocabulary_size
         self.hyperparameters: dict[str, Any] = {
             "embedding": embedding,
@@ -64,10 +87,11 @@ class CharacterModel(nn.Module):
             "layers": layers,
             "dropout": dropout,
             "cell": cell,
+            "biases": biases,
         }
         if embedding:
             self.embedding = nn.Embedding(vocabulary_size, embedding)
-        self.recurrent = recurrent_class(cell)(
+        self.recurrent = CELLS[cell](
             input_size=embedding or vocabulary_size,
             hidden_size=hidden,
             num_layers=layers,
@@ -75,26 +99,35 @@ class CharacterModel(nn.Module):
             # nn.LSTM warns where it has no place between layers to apply it.
             dropout=dropout if layers > 1 else 0.0,
         )
+        if biases == 1:
+            for name, parameter in self.recurrent.named_parameters():
+                if name.startswith("bias_hh"):
+                    nn.init.zeros_(parameter.requires_grad_(False))
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(hidden, vocabulary_size)
 
     def forward(self, ids: Tensor, states: States) -> tuple[Tensor, States]:
-        """ids (B, T) int64 and states (h, c), each (layers, B, H) -> logits (B*T, V), states."""
+        """ids (B, T) int64 and states as of `zero_states` -> logits (B*T, V), states."""
         if self.hyperparameters["embedding"]:
             features = self.embedding(ids)  # (B, T, E)
         else:
             features = functional.one_hot(ids, self.vocabulary_size).to(self.linear.weight.dtype)
-        output, states = self.recurrent(features, states)  # (B, T, H)
-        return self.linear(self.dropout(output)).flatten(0, 1), states
+        # A GRU's or an RNN's state is one tensor, not a pair.
+        output, last = self.recurrent(features, states if len(states) > 1 else states[0])
+        states = last if isinstance(last, tuple) else (last,)
+        return self.linear(self.dropout(output)).flatten(0, 1), states  # output: (B, T, H)
 
     def zero_states(self, batch_size: int) -> States:
-        """Zero (h, c), each (layers, batch_size, H), where the weights are."""
+        """Zero (h, c), or (h,) of a GRU or an RNN, each (layers, batch_size, H)."""
         layers, hidden = self.hyperparameters["layers"], self.hyperparameters["hidden"]
         zeros = self.linear.weight.new_zeros(layers, batch_size, hidden)
-        return zeros, zeros
+        return (zeros, zeros) if self.hyperparameters["cell"] in ("fused", "lstm") else (zeros,)
+
+    def learned(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def parameter_count(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
+        return sum(parameter.numel() for parameter in self.learned())
 
 
 def detach(states: States) -> States:

@@ -19,11 +19,11 @@ from typing import Any
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
 
-from charlm.corpus import Vocabulary
 from charlm.errors import CharlmError
 from charlm.model import CharacterModel
-from charlm.presets import Config
-from charlm.training import Record
+from charlm.optimisation import Record
+from charlm.settings import Config
+from charlm.vocabulary import Vocabulary
 
 CONFIG, MODEL, METRICS, SAMPLE = "config.json", "model.safetensors", "metrics.jsonl", "sample.txt"
 
@@ -86,7 +86,11 @@ class RunFolder:
         write_atomically(self.path / CONFIG, text.encode())
 
     def write_model(self, model: CharacterModel, vocabulary: Vocabulary) -> None:
-        about = {"vocabulary": vocabulary.characters, "hyperparameters": model.hyperparameters}
+        about = {
+            "vocabulary": vocabulary.characters,
+            "unit": vocabulary.unit,
+            "hyperparameters": model.hyperparameters,
+        }
         # One key: safetensors writes several in an order that differs from time to time.
         metadata = {"charlm": json.dumps(about)}
         tensors = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
@@ -119,7 +123,7 @@ class RunFolder:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             about = json.loads(metadata["charlm"])
-            vocabulary = Vocabulary(about["vocabulary"])
+            vocabulary = Vocabulary(about["vocabulary"], about.get("unit", "characters"))
             model = CharacterModel(len(vocabulary), **about["hyperparameters"])
             model.load_state_dict(tensors)
         except (SafetensorError, LookupError, ValueError, TypeError, RuntimeError) as error:

@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from charlm.corpus import Vocabulary
 from charlm.errors import CharlmError
 from charlm.model import CharacterModel
+from charlm.vocabulary import Vocabulary
 
 
 def choose(

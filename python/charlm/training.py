@@ -3,67 +3,57 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from charlm.batches import Batch, Batches, Rows, Windows, rows_for_evaluation
-from charlm.corpus import split
+from charlm.corpus import Ids, split
 from charlm.errors import CharlmError
 from charlm.evaluation import evaluate
-from charlm.model import CharacterModel, States, detach
-from charlm.presets import Config
+from charlm.model import INITIAL_WEIGHTS, CharacterModel, States, detach
+from charlm.optimisation import OPTIMIZERS, Place, Record, learning_rate, reason_to_stop
+from charlm.settings import Config
 
 
-@dataclass(frozen=True)
-class Record:
-    """One line of metrics.jsonl. Losses are mean cross-entropies in nats per character."""
+def device_of(name: str) -> torch.device:
+    """The device of a name; "auto" is cuda where it is there, else cpu.
 
-    epoch: int  # the epoch that is done or under way, counted from 1
-    step: int  # optimiser steps so far
-    train_loss: float  # mean over the batches since the last record, each weighing the same
-    val_loss: float | None
-    tokens_seen: int  # characters trained on so far
-    lr: float  # of the last step
-    seconds: float  # since training began, evaluations included
-
-
-def learning_rate(config: Config, step: int, total: int) -> float:
-    """The learning rate of step 0 <= step < total; a pure function, so nothing has to be saved."""
-    warmup = round(config.warmup * total)
-    if step < warmup:
-        return config.lr * (step + 1) / (warmup + 1)
-    if config.schedule == "constant":
-        return config.lr
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    Raises:
+        CharlmError: it isn't there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros((), device=name).item()
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:  # a CPU torch asserts when asked for CUDA
+        reason = str(error).splitlines()[0]
+        raise CharlmError(f"cannot use device {name!r}: {reason}") from None
 
 
 class Trainer:
     """A model on its way from its seed to its last step.
 
-    Where it stands is `step`, `epoch`, `batch` and `states`; the learning rate and the order of
-    the batches follow from them and the config. `notes` says what was left out and why.
+    Where it stands is `step`, `epoch`, `batch`, `states` and `records`; the learning rate, the
+    order of the batches and whether to stop early follow from them and the config. `notes` says
+    what was left out and why.
 
     Args:
-        config: the run's settings.
-        ids: the whole text, (N,) int64.
+        config: the run's settings; its device is one that `device_of` takes.
+        ids: the whole text, (N,).
         vocabulary_size: V.
 
     Raises:
         CharlmError: the text is too short for one batch, or the device isn't there.
     """
 
-    def __init__(self, config: Config, ids: Tensor, vocabulary_size: int) -> None:
+    def __init__(self, config: Config, ids: Ids, vocabulary_size: int) -> None:
         self.config = config
         self.notes: list[str] = []
-        try:
-            torch.zeros((), device=config.device).item()
-        except (RuntimeError, AssertionError) as error:  # a CPU torch asserts when asked for CUDA
-            reason = str(error).splitlines()[0]
-            raise CharlmError(f"cannot use device {config.device!r}: {reason}") from None
-        training, held_out = split(ids.to(config.device), [config.validation])
+        self.device = device_of(config.device)
+        training, held_out, _ = split(ids, [config.validation, config.test])
         self.batches = self._batches(training)
         self.validation: Batches | None = None
         if config.validation:
@@ -73,30 +63,54 @@ class Trainer:
                     f"no validation loss: the {len(held_out)} characters held out don't fill one "
                     f"window of {config.window}"
                 )
+        # The documents ask for it; FusedLSTM gives the same bits on every run anyway.
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
         torch.manual_seed(config.seed)
         # Made on the CPU, so that a seed gives the same weights on every device.
-        self.model = CharacterModel(
+        model = CharacterModel(
             vocabulary_size,
             embedding=config.embedding,
             hidden=config.hidden,
             layers=config.layers,
             dropout=config.dropout,
             cell=config.cell,
-        ).to(config.device)
-        optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+            biases=config.biases,
+        )
+        INITIAL_WEIGHTS[config.initial](model.recurrent)
+        self.model = model.to(self.device)
         # The fused update takes half of the plain one: 0.7 ms, not 1.4, of some 20 ms a step.
-        self.optimizer = optimizer(
-            self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+        self.optimizer = OPTIMIZERS[config.optimizer](
+            self.model.learned(), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
         self.total_steps = config.steps or (config.epochs or 0) * len(self.batches)
         self.step = self.epoch = self.batch = self.tokens_seen = 0
         self.states: States | None = None
+        self.records: list[Record] = []  # those that are on schedule
+        self.lr = config.lr  # of the last step
+        self.seconds = 0.0  # spent in train() so far, all sessions together
+        self.lowest_mean = math.inf  # the lowest running_mean, for the log line that shows it
+        # Of the losses since the last record, to be read there only: reading makes a GPU wait.
+        self._sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._count = 0
 
-    def _batches(self, ids: Tensor) -> Batches:
+    def _batches(self, ids: Ids) -> Batches:
         config = self.config
         if config.batches == "rows":
             return Rows(ids, config.window, config.batch_size)
         return Windows(ids, config.window, config.batch_size, config.stride, config.seed)
+
+    @property
+    def stopped_early(self) -> str:
+        """Why training ends before its last step; "" where it doesn't."""
+        return reason_to_stop(self.config, self.records)
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.total_steps or bool(self.stopped_early)
+
+    def running_mean(self) -> float:
+        """The mean loss of the steps since the last record."""
+        return self._sum.item() / self._count if self._count else math.nan
 
     def train(
         self,
@@ -104,6 +118,9 @@ class Trainer:
         stopped: Callable[[], bool] = lambda: False,
     ) -> Iterator[Record]:
         """Trains to the last step or until `stopped()`, and yields a record whenever one is due.
+
+        A record that is off schedule, because training ends there, isn't added to `records`, and
+        the losses that it covers stay: whoever goes on from there makes the scheduled one.
 
         Args:
             on_step: called after every step with its loss, a 0-d tensor.
@@ -113,39 +130,56 @@ class Trainer:
         Raises:
             CharlmError: the loss is no longer finite.
         """
-        begin = time.perf_counter()
-        every = self.config.eval_every
-        losses: list[Tensor] = []  # since the last record; read only there, to not wait for a GPU
+        begin = time.perf_counter() - self.seconds
         self.model.train()
         stream = self._stream()
         while True:
-            done = self.step == self.total_steps
-            due = done or (self.step % every == 0 if every else self.batch == 0)
-            stop = done or stopped()
-            if losses and (due or stop):
-                train_loss = torch.stack(losses).cpu().double().mean().item()
-                if not math.isfinite(train_loss):
-                    raise CharlmError(
-                        f"the loss is {train_loss} at step {self.step}: a smaller --lr than "
-                        f"{self.config.lr:g} may help"
-                    )
-                val_loss = None
-                if self.validation is not None and due:
-                    val_loss = evaluate(self.model, self.validation)
-                losses.clear()
-                yield Record(
-                    epoch=self.epoch + (self.batch > 0),
-                    step=self.step,
-                    train_loss=train_loss,
-                    val_loss=val_loss,
-                    tokens_seen=self.tokens_seen,
-                    lr=self.optimizer.param_groups[0]["lr"],
-                    seconds=time.perf_counter() - begin,
-                )
-            if stop:
+            self.seconds = time.perf_counter() - begin
+            if self._count and self._record_due():
+                record = self._record(evaluated=True)
+                self.seconds = time.perf_counter() - begin
+                self.records.append(record)
+                self._sum.zero_()
+                self._count = 0
+                yield record
+            if self.finished or stopped():
+                if self._count:
+                    yield self._record(evaluated=self.finished)
                 return
-            losses.append(self._step(*next(stream)))
-            on_step(losses[-1])
+            loss = self._step(*next(stream))
+            self.seconds = time.perf_counter() - begin
+            on_step(loss)
+
+    def _record_due(self) -> bool:
+        every = self.config.eval_every
+        if not every:
+            return self.batch == 0
+        first = self.config.eval_from or every
+        return self.step >= first and (self.step - first) % every == 0
+
+    def _record(self, evaluated: bool) -> Record:
+        """Of the steps since the last one; `evaluated`: with a validation loss, where there is."""
+        train_loss = self.running_mean()
+        if not math.isfinite(train_loss):
+            raise CharlmError(
+                f"the loss is {train_loss} at step {self.step}: a smaller --lr than "
+                f"{self.config.lr:g} may help"
+            )
+        val_loss = None
+        limit = self.config.eval_batches
+        if evaluated and self.validation is not None:
+            val_loss = evaluate(self.model, self.validation, limit=limit)
+        if evaluated and self.config.eval_train:
+            train_loss = evaluate(self.model, self.batches, limit=limit, epoch=self.epoch)
+        return Record(
+            epoch=self.epoch + (self.batch > 0),
+            step=self.step,
+            train_loss=train_loss,
+            val_loss=val_loss,
+            tokens_seen=self.tokens_seen,
+            lr=self.lr,
+            seconds=self.seconds,
+        )
 
     def _stream(self) -> Iterator[Batch]:
         """The batches from where training stands on, epoch after epoch; _step moves the place."""
@@ -155,16 +189,20 @@ class Trainer:
     def _step(self, features: Tensor, labels: Tensor) -> Tensor:
         """One optimiser step on features and labels (B, T); returns its loss, 0-d, detached."""
         config = self.config
+        features, labels = features.to(self.device), labels.to(self.device)
+        self.lr = learning_rate(
+            config, Place(self.step, self.total_steps, self.epoch, self.records)
+        )
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.step, self.total_steps)
+            group["lr"] = self.lr
         if self.states is None:
             self.states = self.model.zero_states(len(features))
         logits, states = self.model(features, self.states)
         loss = functional.cross_entropy(logits, labels.flatten())
         self.optimizer.zero_grad()
         loss.backward()
-        if config.clip is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        if config.clip:
+            nn.utils.clip_grad_norm_(self.model.learned(), config.clip)
         self.optimizer.step()
 
         self.tokens_seen += labels.numel()
@@ -174,4 +212,7 @@ class Trainer:
             self.epoch, self.batch = self.epoch + 1, 0
         carried = self.batches.carried and self.batch > 0  # a row's end isn't its beginning's past
         self.states = detach(states) if carried else None
-        return loss.detach()
+        loss = loss.detach()
+        self._sum += loss
+        self._count += 1
+        return loss

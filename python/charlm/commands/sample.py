@@ -26,7 +26,7 @@ from charlm.sampling import sample
     help="Draw among the fewest characters that together have this probability.",
 )
 @click.option("--seed", type=int, help="The same seed draws the same text.  [default: the run's]")
-def sample_command(folder: Path, top_k: int | None, top_p: float | None, **overrides: Any) -> None:
+def sample_command(folder: Path, **overrides: Any) -> None:
     """Print text from the run in FOLDER."""
     run = RunFolder(folder)
     config = run.read_config().override(overrides)
@@ -38,8 +38,8 @@ def sample_command(folder: Path, top_k: int | None, top_p: float | None, **overr
             str(config.prompt),
             config.length,
             temperature=config.temperature,
-            top_k=top_k,
-            top_p=top_p,
+            top_k=config.top_k or None,
+            top_p=config.top_p,
             seed=config.seed,
         )
     )

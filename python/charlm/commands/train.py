@@ -5,105 +5,78 @@ from typing import Any
 
 import click
 import torch
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from charlm.commands import FOLDER
-from charlm.corpus import DATA_FOLDER, Vocabulary, excerpt, read_text
-from charlm.evaluation import bits_per_character, perplexity
+from charlm.commands.options import GroupedCommand, GroupedOption, setting_options
+from charlm.corpus import DATA_FOLDER, Corpus, find_text, read_corpus
 from charlm.interrupt import Interrupt
-from charlm.model import CELLS
-from charlm.presets import PRESETS
+from charlm.presets import preset_names, read_preset
+from charlm.reporting import Reporter, heading, show_facts, show_preview
 from charlm.runfolder import RunFolder, check_free
 from charlm.sampling import sample
-from charlm.training import Record, Trainer
+from charlm.settings import Config
+from charlm.training import Trainer
 
 
-@click.command("train")
+@click.command("train", cls=GroupedCommand)
 @click.option(
     "--preset",
-    type=click.Choice(list(PRESETS)),
+    metavar="NAME|FILE.toml",
     default="default",
     show_default=True,
-    help="The recipe; the options below change single settings of it.",
+    cls=GroupedOption,
+    group="run",
+    help=f"The recipe, whose settings the options below change: {', '.join(preset_names())}, or a "
+    "file of your own.",
 )
+@click.option(
+    "--run", type=FOLDER, cls=GroupedOption, group="run",
+    help="Folder to write.  [default: runs/PRESET-N]",
+)  # fmt: skip
 @click.option(
     "--text",
     metavar="FILE|-",
-    help="Text to train on, UTF-8; - reads standard input. Without it: the preset's own "
-    f"text in the folder that {DATA_FOLDER} names, or the built-in corpus.",
+    multiple=True,
+    cls=GroupedOption,
+    group="text",
+    help="Text to train on, UTF-8, or several of them one after the other; - reads standard input. "
+    f"Without it: the preset's own text in the folder that {DATA_FOLDER} names, or the built-in "
+    "corpus.",
 )
-@click.option("--run", "run", type=FOLDER, help="Folder to write.  [default: runs/PRESET-N]")
-@click.option("--seed", type=int, help="Of weights, batches, dropout and sample.")
-@click.option("--cell", type=click.Choice(CELLS), help="fused_lstm.FusedLSTM or torch.nn.LSTM.")
-@click.option("--epochs", type=int, help="Passes over the text.")
-@click.option("--steps", type=int, help="Optimiser steps, in place of --epochs.")
-@click.option("--batch-size", type=int, help="Windows in a batch.")
-@click.option("--window", type=int, help="Characters in a window.")
-@click.option("--hidden", type=int, help="Units in a layer.")
-@click.option("--layers", type=int, help="Recurrent layers.")
-@click.option("--embedding", type=int, help="Width of a character's embedding; 0 is one-hot.")
-@click.option("--dropout", type=float, help="Between layers and before the linear layer.")
-@click.option("--lr", type=float, help="Learning rate.")
-@click.option("--prompt", help="Of the sample at the end.  [default: the text's first word]")
-@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cpu]")
-@click.option("--threads", type=int, help="CPU threads.  [default: torch's]")
-def train(preset: str, text: str | None, run: Path | None, **overrides: Any) -> None:
+@setting_options(leave_out=("file", "opening"))
+def train(preset: str, text: tuple[str, ...], run: Path | None, **overrides: Any) -> None:
     """Train on a text, write a run folder, print a sample."""
     if run is not None:
         check_free(run)
-    config = PRESETS[preset].override(overrides)
+    config = read_preset(preset)[0].override(overrides)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     config = config.override({"threads": torch.get_num_threads()})
 
-    name, characters = read_text(text, config.file)
-    if config.characters is not None:
-        characters = excerpt(characters, *config.characters)
-        name += ", characters {}..{}".format(*config.characters)
-    if not characters.startswith(config.opening):
-        click.echo(
-            f"note: the text begins with {characters[:20]!r}, the recipe's with "
-            f"{config.opening!r}: figures won't compare"
-        )
-    vocabulary = Vocabulary.of(characters)
-    # The text's first word is the one prompt that any vocabulary has.
-    first_word = (characters.split(maxsplit=1) or [characters])[0]
-    config = config.override({"prompt": config.prompt or first_word})
-    vocabulary.encode(str(config.prompt), "the prompt")  # better refused now than after training
-
-    trainer = Trainer(config, vocabulary.encode(characters), len(vocabulary))
-    facts = {
-        "text": name,
-        "ids": len(characters),
-        "vocabulary": len(vocabulary),
-        "samples": trainer.batches.samples,
-        "batches": len(trainer.batches),
-        "parameters": trainer.model.parameter_count(),
-        "torch": str(torch.__version__),
-    }
-    folder = RunFolder.create(run, preset)
+    corpus = read_corpus(find_text(text, config.file), config.vocabulary, config.characters)
+    config = config.override({"prompt": config.prompt or _first_word(corpus)})
+    corpus.vocabulary.encode(str(config.prompt), "the prompt")  # better refused now than at the end
+    trainer = Trainer(config, corpus.ids, len(corpus.vocabulary))
+    folder = RunFolder.create(run, config.preset)
+    facts = _facts(trainer, corpus)
     folder.write_config(config, facts)
-    for key, value in facts.items():
-        click.echo(f"{key:<11} {value:,}" if isinstance(value, int) else f"{key:<11} {value}")
-    click.echo(
-        f"{'run':<11} {folder.path}, seed {config.seed}, cell {config.cell}, "
-        f"{config.device}, threads {config.threads}"
-    )
-    for note in trainer.notes:
-        click.echo(f"note: {note}")
+    _show(trainer, corpus, facts, folder)
 
-    if not _train(trainer, folder, vocabulary):
+    if not _train(trainer, folder, corpus):
         click.echo(
             f"interrupted at step {trainer.step} of {trainer.total_steps}: what was learned by "
             f"then is saved, try charlm sample {folder.path}"
         )
         raise click.exceptions.Exit(130)  # what shells expect after Ctrl-C
+    heading(config, "generation")
     written = sample(
         trainer.model,
-        vocabulary,
+        corpus.vocabulary,
         str(config.prompt),
         config.length,
         temperature=config.temperature,
+        top_k=config.top_k or None,
+        top_p=config.top_p,
         seed=config.seed,
     )
     folder.write_sample(written)
@@ -111,39 +84,66 @@ def train(preset: str, text: str | None, run: Path | None, **overrides: Any) -> 
     click.echo(f"saved in {folder.path}; more with: charlm sample {folder.path}")
 
 
-def _train(trainer: Trainer, folder: RunFolder, vocabulary: Vocabulary) -> bool:
-    """Trains, shows it and keeps the folder up to date; False if Ctrl-C ended it early."""
-    # No bar where there is no terminal.
-    bar = tqdm(total=trainer.total_steps, unit="step", disable=None, leave=False)
-
-    def on_step(loss: torch.Tensor) -> None:
-        if bar.n % 20 == 0 and not bar.disable:  # reading the loss makes a GPU wait
-            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-        bar.update()
-
-    with bar, Interrupt() as interrupt:
-        for record in trainer.train(on_step, lambda: interrupt.asked):
-            folder.write_model(trainer.model, vocabulary)
-            folder.add_record(record)
-            with bar.external_write_mode():
-                click.echo(_line(trainer, record))
-        if trainer.step == 0:
-            folder.write_model(trainer.model, vocabulary)
-    return trainer.step == trainer.total_steps
+def _first_word(corpus: Corpus) -> str:
+    """The text's first word is the one prompt that any vocabulary has."""
+    beginning = corpus.vocabulary.decode(corpus.ids[:10_000].tolist())
+    return (beginning.split(maxsplit=1) or [beginning])[0]
 
 
-def _line(trainer: Trainer, record: Record) -> str:
+def _facts(trainer: Trainer, corpus: Corpus) -> dict[str, Any]:
+    name = corpus.text.name
+    if trainer.config.characters is not None:
+        name += ", characters {}..{}".format(*trainer.config.characters)
+    return {
+        "text": name,
+        "ids": len(corpus.ids),
+        "vocabulary": len(corpus.vocabulary),
+        "samples": trainer.batches.samples,
+        "batches": len(trainer.batches),
+        "parameters": trainer.model.parameter_count(),
+        "torch": str(torch.__version__),
+        "sources": corpus.text.sources,
+        "sha256": corpus.sha256,
+    }
+
+
+def _show(trainer: Trainer, corpus: Corpus, facts: dict[str, Any], folder: RunFolder) -> None:
     config = trainer.config
-    if config.epochs is not None and config.eval_every is None:
-        place = f"Epoch {record.epoch}/{config.epochs}"
-    else:
-        place = f"Step {record.step}/{trainer.total_steps}"
-    line = f"{place}, Loss: {record.train_loss:.4f}"
-    loss = record.train_loss
-    if record.val_loss is not None:
-        line += f", validation loss: {record.val_loss:.4f}"
-        loss = record.val_loss
-    return (
-        f"{line} (perplexity {perplexity(loss):.2f}, {bits_per_character(loss):.3f} bits per "
-        "character)"
+    shown = {key: value for key, value in facts.items() if key not in ("sources", "sha256")}
+    heading(config, "data")
+    _note_other_opening(config, corpus)
+    data = ("text", "ids", "vocabulary", "samples", "batches")
+    show_facts(config, {key: shown.pop(key) for key in data})
+    show_preview(config, corpus)
+    heading(config, "model")
+    show_facts(config, shown)
+    click.echo(
+        f"{'run':<11} {folder.path}, seed {config.seed}, cell {config.cell}, "
+        f"{trainer.device}, threads {config.threads}"
     )
+    for note in trainer.notes:
+        click.echo(f"note: {note}")
+    heading(config, "training")
+
+
+def _note_other_opening(config: Config, corpus: Corpus) -> None:
+    begins = corpus.vocabulary.decode(corpus.ids[: max(20, len(config.opening))].tolist())
+    if not begins.startswith(config.opening):
+        click.echo(
+            f"note: the text begins with {begins[:20]!r}, the recipe's with {config.opening!r}: "
+            "figures won't compare"
+        )
+
+
+def _train(trainer: Trainer, folder: RunFolder, corpus: Corpus) -> bool:
+    """Trains, shows it and keeps the folder up to date; False if Ctrl-C ended it early."""
+    with Reporter(trainer, corpus) as reporter, Interrupt() as interrupt:
+        for record in trainer.train(reporter.step, lambda: interrupt.asked):
+            folder.write_model(trainer.model, corpus.vocabulary)
+            folder.add_record(record)
+            reporter.record(record)
+        if trainer.step == 0:
+            folder.write_model(trainer.model, corpus.vocabulary)
+    if trainer.stopped_early:
+        click.echo(f"{trainer.stopped_early}: stopped at step {trainer.step}")
+    return trainer.finished

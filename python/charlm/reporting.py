@@ -1,0 +1,96 @@
+"""What a run shows while it trains: its facts, a progress bar or a live line, records, samples."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import click
+from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from charlm.corpus import Corpus
+from charlm.loglines import LOG_LINES, SAMPLE_TIMES, on_one_line
+from charlm.optimisation import Record
+from charlm.sampling import sample
+from charlm.settings import Config
+from charlm.training import Trainer
+
+
+def heading(config: Config, name: str) -> None:
+    if config.headings:
+        click.echo(f"--- {name} ---")
+
+
+def show_facts(config: Config, facts: Mapping[str, Any]) -> None:
+    for key, value in facts.items():
+        click.echo(f"{key:<11} {value:,}" if isinstance(value, int) else f"{key:<11} {value}")
+
+
+def show_preview(config: Config, corpus: Corpus) -> None:
+    """The distinct characters, and how the text begins, in characters and in ids (004)."""
+    if config.preview:
+        first = corpus.ids[: config.preview].tolist()
+        click.echo(f"characters  {corpus.vocabulary.characters!r}")
+        click.echo(f"first {len(first)}:\n{corpus.vocabulary.decode(first)}\n{first}")
+
+
+class Reporter:
+    """Shows a trainer's steps and records; enter it around the training."""
+
+    def __init__(self, trainer: Trainer, corpus: Corpus) -> None:
+        self._trainer = trainer
+        self._vocabulary = corpus.vocabulary
+        self._line = LOG_LINES[trainer.config.log]
+        self._rewrites = self._line.live is not None and sys.stdout.isatty()
+        # No bar where there is no terminal.
+        self._bar = tqdm(
+            total=trainer.total_steps,
+            initial=trainer.step,
+            unit="step",
+            disable=True if self._line.live else None,
+            leave=False,
+        )
+
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def step(self, loss: Tensor) -> None:
+        trainer = self._trainer
+        if self._bar.n % 20 == 0 and not self._bar.disable:  # reading the loss makes a GPU wait
+            self._bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+        self._bar.update()
+        drawn = self.sample() if SAMPLE_TIMES[trainer.config.samples](trainer) else ""
+        if self._line.live is not None:
+            trainer.lowest_mean = min(trainer.lowest_mean, trainer.running_mean())
+            # Elsewhere than on a terminal, the first and the last of a pass stay.
+            if self._rewrites or drawn or trainer.batch == 0:
+                end = trainer.batch == 0 or not self._rewrites
+                line = self._line.live(trainer, drawn)
+                click.echo(("\r\033[K" if self._rewrites else "") + line, nl=end)
+        elif drawn:
+            self._echo(on_one_line(drawn))
+
+    def record(self, record: Record) -> None:
+        line = self._line.record(self._trainer, record)
+        if line is not None:
+            self._echo(line)
+
+    def sample(self) -> str:
+        config = self._trainer.config
+        return sample(
+            self._trainer.model,
+            self._vocabulary,
+            str(config.prompt),
+            config.sample_length,
+            temperature=config.temperature,
+            top_k=config.top_k or None,
+            top_p=config.top_p,
+            seed=config.seed + self._trainer.step,
+        )
+
+    def _echo(self, line: str) -> None:
+        with self._bar.external_write_mode():
+            click.echo(line)
