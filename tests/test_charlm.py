@@ -73,7 +73,8 @@ def test_run_learns_and_writes_its_folder(text: Path, cell: str) -> None:
     output = succeed("train", "--text", text, "--run", "r", "--cell", cell, "--lr", 0.01,
                      "--steps", 500, *SMALL)  # fmt: skip
     assert {path.name for path in Path("r").iterdir()} == {
-        "config.json", "model.safetensors", "metrics.jsonl", "sample.txt"
+        "config.json", "model.safetensors", "metrics.jsonl", "sample.txt",
+        "checkpoint.safetensors", ".lock",
     }  # fmt: skip
     first, last = records("r")
     assert set(first) == set(last) == KEYS | {"val_loss"}

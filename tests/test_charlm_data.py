@@ -5,7 +5,7 @@ import math
 import pickle
 from pathlib import Path
 
-import charlm.runfolder
+import charlm.files
 import numpy as np
 import pytest
 import torch
@@ -13,10 +13,11 @@ from charlm.batches import Rows, Windows, rows_for_evaluation
 from charlm.corpus import builtin_text, split
 from charlm.errors import CharlmError
 from charlm.evaluation import bits_per_character, evaluate, perplexity
+from charlm.files import write_atomically
 from charlm.model import CharacterModel
 from charlm.optimisation import Place, Record, learning_rate
 from charlm.presets import preset_names, read_preset
-from charlm.runfolder import RunFolder, write_atomically
+from charlm.runfolder import RunFolder
 from charlm.settings import Config
 from charlm.vocabulary import Vocabulary
 from torch.nn import functional
@@ -143,8 +144,8 @@ def test_files_are_written_whole_or_not_at_all(
         raise OSError("crash")
 
     with monkeypatch.context() as patch:
-        patch.setattr(charlm.runfolder.os, "replace", crash)
-        with pytest.raises(OSError, match="crash"):
+        patch.setattr(charlm.files.os, "replace", crash)
+        with pytest.raises(CharlmError, match="crash"):
             write_atomically(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
     write_atomically(path, b"new")

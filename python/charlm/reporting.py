@@ -11,6 +11,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from charlm.corpus import Corpus
 from charlm.loglines import LOG_LINES, SAMPLE_TIMES, on_one_line
 from charlm.optimisation import Record
+from charlm.runs import Run
 from charlm.sampling import sample
 from charlm.settings import Config
 from charlm.training import Trainer
@@ -21,17 +22,47 @@ def heading(config: Config, name: str) -> None:
         click.echo(f"--- {name} ---")
 
 
-def show_facts(config: Config, facts: Mapping[str, Any]) -> None:
+def show_run(run: Run) -> None:
+    """What came of text and settings, before training begins."""
+    config = run.config
+    shown = {key: value for key, value in run.facts.items() if key not in ("sources", "sha256")}
+    heading(config, "data")
+    _note_other_opening(config, run.corpus)
+    _show_facts({key: shown.pop(key) for key in list(shown)[:5]})
+    _show_preview(config, run.corpus)
+    heading(config, "model")
+    _show_facts(shown)
+    click.echo(
+        f"{'run':<11} {run.folder.path}, seed {config.seed}, cell {config.cell}, "
+        f"{run.trainer.device}, threads {config.threads}"
+    )
+    for note in run.trainer.notes:
+        click.echo(f"note: {note}")
+    heading(config, "training")
+    if run.resumed:
+        click.echo(f"goes on at step {run.trainer.step} of {run.trainer.total_steps}")
+
+
+def _show_facts(facts: Mapping[str, Any]) -> None:
     for key, value in facts.items():
         click.echo(f"{key:<11} {value:,}" if isinstance(value, int) else f"{key:<11} {value}")
 
 
-def show_preview(config: Config, corpus: Corpus) -> None:
+def _show_preview(config: Config, corpus: Corpus) -> None:
     """The distinct characters, and how the text begins, in characters and in ids (004)."""
     if config.preview:
         first = corpus.ids[: config.preview].tolist()
         click.echo(f"characters  {corpus.vocabulary.characters!r}")
         click.echo(f"first {len(first)}:\n{corpus.vocabulary.decode(first)}\n{first}")
+
+
+def _note_other_opening(config: Config, corpus: Corpus) -> None:
+    begins = corpus.vocabulary.decode(corpus.ids[: max(20, len(config.opening))].tolist())
+    if not begins.startswith(config.opening):
+        click.echo(
+            f"note: the text begins with {begins[:20]!r}, the recipe's with {config.opening!r}: "
+            "figures won't compare"
+        )
 
 
 class Reporter:

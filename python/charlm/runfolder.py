@@ -4,11 +4,15 @@ config.json        every setting of the run, and under "facts" what came of text
 model.safetensors  the weights; vocabulary and hyper-parameters in its metadata
 metrics.jsonl      one training.Record a line
 sample.txt         prompt and sample
+checkpoint.safetensors  what resuming needs: charlm.checkpoint
+.lock              keeps a second writer out
 
-A file is there whole or not at all: it is written beside its place and moved there.
+A file is there whole or not at all: it is written beside its place and moved there. Metrics grow by
+whole lines.
 """
 
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -20,6 +24,7 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 
 from charlm.errors import CharlmError
+from charlm.files import is_leftover, write_atomically
 from charlm.model import CharacterModel
 from charlm.optimisation import Record
 from charlm.settings import Config
@@ -28,23 +33,13 @@ from charlm.vocabulary import Vocabulary
 CONFIG, MODEL, METRICS, SAMPLE = "config.json", "model.safetensors", "metrics.jsonl", "sample.txt"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file so that a reader, or a crash, sees the old one or the new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(data)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def _json(values: Any, indent: int | None = None) -> str:
     return json.dumps(values, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def check_free(path: Path) -> None:
     """Raises CharlmError where a run may not be written: nothing is ever overwritten."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and not (path.is_dir() and all(map(is_leftover, path.iterdir()))):
         raise CharlmError(
             f"{path} exists and isn't an empty folder: choose another --run folder or move it away"
         )
@@ -59,7 +54,6 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lines: list[str] = []
 
     @classmethod
     def create(cls, path: Path | None, preset: str) -> "RunFolder":
@@ -98,21 +92,71 @@ class RunFolder:
         write_atomically(self.path / MODEL, data)
 
     def add_record(self, record: Record) -> None:
+        """Appends a line to the metrics, or nothing.
+
+        Raises:
+            CharlmError: there is no room for it.
+        """
         values = dataclasses.asdict(record)
         if record.val_loss is None:
             del values["val_loss"]
-        self._lines.append(_json(values))
-        write_atomically(self.path / METRICS, "".join(self._lines).encode())
+        path = self.path / METRICS
+        size = self.metrics_size
+        try:
+            # Appended, for a file that is written anew at each of a million records takes for
+            # ever. Not buffered: the line is there at once.
+            with open(path, "ab", buffering=0) as file:
+                line = _json(values).encode()
+                if file.write(line) < len(line):
+                    file.truncate(size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise CharlmError(
+                f"cannot write {path}: {error.strerror}; what was saved before is still there"
+            ) from None
+
+    @property
+    def metrics_size(self) -> int:
+        """Bytes of metrics.jsonl."""
+        path = self.path / METRICS
+        return path.stat().st_size if path.is_file() else 0
+
+    def cut_metrics(self, size: int) -> list[Record]:
+        """Takes back the records after the first `size` bytes; returns those that stay.
+
+        Raises:
+            CharlmError: they aren't there, or aren't records.
+        """
+        path = self.path / METRICS
+        data = path.read_bytes()[:size] if path.is_file() else b""
+        try:
+            if len(data) < size:
+                raise ValueError(f"it has {len(data):,} bytes, its checkpoint knows of {size:,}")
+            lines = [json.loads(line) for line in data.splitlines()]
+            records = [Record(**{"val_loss": None, **line}) for line in lines]
+        except (ValueError, TypeError) as error:
+            raise CharlmError(f"{path} isn't a run's metrics: {error}") from None
+        if path.is_file():
+            write_atomically(path, data)
+        return records
 
     def write_sample(self, text: str) -> None:
         write_atomically(self.path / SAMPLE, text.encode())
 
     def read_config(self) -> Config:
+        return self._settings()[0]
+
+    def read_facts(self) -> dict[str, Any]:
+        """What came of text and settings."""
+        return self._settings()[1]
+
+    def _settings(self) -> tuple[Config, dict[str, Any]]:
         try:
             values = json.loads(self._file(CONFIG).read_bytes())
-            values.pop("facts")
-            return Config.from_json(values)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            facts = dict(values.pop("facts"))
+            return Config.from_json(values), facts
+        except (ValueError, KeyError, TypeError, AttributeError, CharlmError) as error:
             raise CharlmError(f"{self.path / CONFIG} isn't a run's settings: {error}") from None
 
     def read_model(self) -> tuple[CharacterModel, Vocabulary]:

@@ -90,8 +90,8 @@ class Trainer:
         self.seconds = 0.0  # spent in train() so far, all sessions together
         self.lowest_mean = math.inf  # the lowest running_mean, for the log line that shows it
         # Of the losses since the last record, to be read there only: reading makes a GPU wait.
-        self._sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._count = 0
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.loss_count = 0
 
     def _batches(self, ids: Ids) -> Batches:
         config = self.config
@@ -110,7 +110,7 @@ class Trainer:
 
     def running_mean(self) -> float:
         """The mean loss of the steps since the last record."""
-        return self._sum.item() / self._count if self._count else math.nan
+        return self.loss_sum.item() / self.loss_count if self.loss_count else math.nan
 
     def train(
         self,
@@ -135,15 +135,15 @@ class Trainer:
         stream = self._stream()
         while True:
             self.seconds = time.perf_counter() - begin
-            if self._count and self._record_due():
+            if self.loss_count and self._record_due():
                 record = self._record(evaluated=True)
                 self.seconds = time.perf_counter() - begin
                 self.records.append(record)
-                self._sum.zero_()
-                self._count = 0
+                self.loss_sum.zero_()
+                self.loss_count = 0
                 yield record
             if self.finished or stopped():
-                if self._count:
+                if self.loss_count:
                     yield self._record(evaluated=self.finished)
                 return
             loss = self._step(*next(stream))
@@ -213,6 +213,6 @@ class Trainer:
         carried = self.batches.carried and self.batch > 0  # a row's end isn't its beginning's past
         self.states = detach(states) if carried else None
         loss = loss.detach()
-        self._sum += loss
-        self._count += 1
+        self.loss_sum += loss
+        self.loss_count += 1
         return loss

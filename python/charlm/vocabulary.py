@@ -60,7 +60,7 @@ class Vocabulary:
             CharlmError: one that isn't in the vocabulary.
         """
         # What is beyond the table lands on its last place, which is no character's.
-        ids = self._ids[np.minimum(codes, len(self._ids) - 1)]
+        ids = self._ids[np.minimum(codes.astype(np.uint32), len(self._ids) - 1)]
         unknown = ids == _NO_ID
         if unknown.any():
             place = int(unknown.argmax())

@@ -4,74 +4,97 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
 from charlm.commands import FOLDER
 from charlm.commands.options import GroupedCommand, GroupedOption, setting_options
-from charlm.corpus import DATA_FOLDER, Corpus, find_text, read_corpus
+from charlm.corpus import DATA_FOLDER
+from charlm.errors import CharlmError
 from charlm.interrupt import Interrupt
 from charlm.presets import preset_names, read_preset
-from charlm.reporting import Reporter, heading, show_facts, show_preview
-from charlm.runfolder import RunFolder, check_free
+from charlm.reporting import Reporter, heading, show_run
+from charlm.runs import Run, begin, resume, settings_from
 from charlm.sampling import sample
-from charlm.settings import Config
-from charlm.training import Trainer
 
 
 @click.command("train", cls=GroupedCommand)
 @click.option(
     "--preset",
     metavar="NAME|FILE.toml",
-    default="default",
-    show_default=True,
     cls=GroupedOption,
     group="run",
     help=f"The recipe, whose settings the options below change: {', '.join(preset_names())}, or a "
-    "file of your own.",
+    "file of your own.  [default: default]",
 )
 @click.option(
-    "--run", type=FOLDER, cls=GroupedOption, group="run",
+    "--run",
+    type=FOLDER,
+    cls=GroupedOption,
+    group="run",
     help="Folder to write.  [default: runs/PRESET-N]",
-)  # fmt: skip
+)
+@click.option(
+    "--resume",
+    "resumed",
+    type=FOLDER,
+    cls=GroupedOption,
+    group="run",
+    help="Go on with the run in this folder, with the bits of one that was never interrupted; a "
+    "finished one with more --epochs or --steps.",
+)
+@click.option(
+    "--init",
+    type=FOLDER,
+    cls=GroupedOption,
+    group="run",
+    help="Begin a new run from the weights and vocabulary of the run in this folder.",
+)
 @click.option(
     "--text",
     metavar="FILE|-",
     multiple=True,
     cls=GroupedOption,
     group="text",
-    help="Text to train on, UTF-8, or several of them one after the other; - reads standard input. "
-    f"Without it: the preset's own text in the folder that {DATA_FOLDER} names, or the built-in "
-    "corpus.",
+    help="Text to train on, UTF-8; given several times, one after the other; - reads standard "
+    f"input. Without it: the preset's own text in the folder that {DATA_FOLDER} names, or the "
+    "built-in corpus.",
 )
 @setting_options(leave_out=("file", "opening"))
-def train(preset: str, text: tuple[str, ...], run: Path | None, **overrides: Any) -> None:
+def train(
+    preset: str | None,
+    run: Path | None,
+    resumed: Path | None,
+    init: Path | None,
+    text: tuple[str, ...],
+    **overrides: Any,
+) -> None:
     """Train on a text, write a run folder, print a sample."""
-    if run is not None:
-        check_free(run)
-    config = read_preset(preset)[0].override(overrides)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    config = config.override({"threads": torch.get_num_threads()})
+    if resumed is not None:
+        for name, value in (("--preset", preset), ("--run", run), ("--init", init)):
+            if value is not None:
+                raise CharlmError(f"--resume goes on with a run as it is: leave {name} out")
+        context = resume(resumed, text, overrides)
+    elif init is not None:
+        context = begin(settings_from(init, preset, overrides), text, run, init)
+    else:
+        context = begin(read_preset(preset or "default")[0].override(overrides), text, run)
+    with context as current:
+        _train_and_sample(current)
 
-    corpus = read_corpus(find_text(text, config.file), config.vocabulary, config.characters)
-    config = config.override({"prompt": config.prompt or _first_word(corpus)})
-    corpus.vocabulary.encode(str(config.prompt), "the prompt")  # better refused now than at the end
-    trainer = Trainer(config, corpus.ids, len(corpus.vocabulary))
-    folder = RunFolder.create(run, config.preset)
-    facts = _facts(trainer, corpus)
-    folder.write_config(config, facts)
-    _show(trainer, corpus, facts, folder)
 
-    if not _train(trainer, folder, corpus):
+def _train_and_sample(run: Run) -> None:
+    config, trainer, folder = run.config, run.trainer, run.folder
+    show_run(run)
+    if not _train(run):
         click.echo(
             f"interrupted at step {trainer.step} of {trainer.total_steps}: what was learned by "
-            f"then is saved, try charlm sample {folder.path}"
+            f"then is saved, try charlm sample {folder.path}; go on with charlm train --resume "
+            f"{folder.path}"
         )
         raise click.exceptions.Exit(130)  # what shells expect after Ctrl-C
     heading(config, "generation")
     written = sample(
         trainer.model,
-        corpus.vocabulary,
+        run.corpus.vocabulary,
         str(config.prompt),
         config.length,
         temperature=config.temperature,
@@ -84,66 +107,27 @@ def train(preset: str, text: tuple[str, ...], run: Path | None, **overrides: Any
     click.echo(f"saved in {folder.path}; more with: charlm sample {folder.path}")
 
 
-def _first_word(corpus: Corpus) -> str:
-    """The text's first word is the one prompt that any vocabulary has."""
-    beginning = corpus.vocabulary.decode(corpus.ids[:10_000].tolist())
-    return (beginning.split(maxsplit=1) or [beginning])[0]
-
-
-def _facts(trainer: Trainer, corpus: Corpus) -> dict[str, Any]:
-    name = corpus.text.name
-    if trainer.config.characters is not None:
-        name += ", characters {}..{}".format(*trainer.config.characters)
-    return {
-        "text": name,
-        "ids": len(corpus.ids),
-        "vocabulary": len(corpus.vocabulary),
-        "samples": trainer.batches.samples,
-        "batches": len(trainer.batches),
-        "parameters": trainer.model.parameter_count(),
-        "torch": str(torch.__version__),
-        "sources": corpus.text.sources,
-        "sha256": corpus.sha256,
-    }
-
-
-def _show(trainer: Trainer, corpus: Corpus, facts: dict[str, Any], folder: RunFolder) -> None:
-    config = trainer.config
-    shown = {key: value for key, value in facts.items() if key not in ("sources", "sha256")}
-    heading(config, "data")
-    _note_other_opening(config, corpus)
-    data = ("text", "ids", "vocabulary", "samples", "batches")
-    show_facts(config, {key: shown.pop(key) for key in data})
-    show_preview(config, corpus)
-    heading(config, "model")
-    show_facts(config, shown)
-    click.echo(
-        f"{'run':<11} {folder.path}, seed {config.seed}, cell {config.cell}, "
-        f"{trainer.device}, threads {config.threads}"
-    )
-    for note in trainer.notes:
-        click.echo(f"note: {note}")
-    heading(config, "training")
-
-
-def _note_other_opening(config: Config, corpus: Corpus) -> None:
-    begins = corpus.vocabulary.decode(corpus.ids[: max(20, len(config.opening))].tolist())
-    if not begins.startswith(config.opening):
-        click.echo(
-            f"note: the text begins with {begins[:20]!r}, the recipe's with {config.opening!r}: "
-            "figures won't compare"
-        )
-
-
-def _train(trainer: Trainer, folder: RunFolder, corpus: Corpus) -> bool:
+def _train(run: Run) -> bool:
     """Trains, shows it and keeps the folder up to date; False if Ctrl-C ended it early."""
-    with Reporter(trainer, corpus) as reporter, Interrupt() as interrupt:
-        for record in trainer.train(reporter.step, lambda: interrupt.asked):
-            folder.write_model(trainer.model, corpus.vocabulary)
+    trainer, folder = run.trainer, run.folder
+    # Bytes of metrics.jsonl that any longer run would have, too.
+    scheduled = folder.metrics_size
+
+    def on_step(loss: Any) -> None:
+        reporter.step(loss)
+        if run.checkpoints.due(trainer.step):
+            run.checkpoints.save(trainer, scheduled)
+
+    with Reporter(trainer, run.corpus) as reporter, Interrupt() as interrupt:
+        for record in trainer.train(on_step, lambda: interrupt.asked):
+            folder.write_model(trainer.model, run.corpus.vocabulary)
             folder.add_record(record)
             reporter.record(record)
-        if trainer.step == 0:
-            folder.write_model(trainer.model, corpus.vocabulary)
+            if trainer.records and trainer.records[-1] is record:
+                scheduled = folder.metrics_size
+        if trainer.finished or trainer.step == 0:  # or else a record has just saved it
+            folder.write_model(trainer.model, run.corpus.vocabulary)
+        run.checkpoints.save(trainer, scheduled)
     if trainer.stopped_early:
         click.echo(f"{trainer.stopped_early}: stopped at step {trainer.step}")
     return trainer.finished
