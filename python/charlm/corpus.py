@@ -5,7 +5,6 @@ import hashlib
 import io
 import mmap
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -89,12 +88,9 @@ class Text:
         if source != "-":
             return open(source, "rb")
         if self._standard_input is None:  # it can be read once, and is needed twice
-            self._standard_input = tempfile.TemporaryFile()
-            try:
-                shutil.copyfileobj(sys.stdin.buffer, self._standard_input)
-                self._standard_input.flush()
-            except OSError as error:
-                raise CharlmError(_no_room(error)) from None
+            self._standard_input = tempfile.TemporaryFile(buffering=0)
+            while block := sys.stdin.buffer.read(_PIECE):
+                _write(self._standard_input, block)
         self._standard_input.seek(0)
         return os.fdopen(os.dup(self._standard_input.fileno()), "rb")
 
@@ -103,11 +99,16 @@ def _name(source: str) -> str:
     return "standard input" if source == "-" else Path(source).name
 
 
-def _no_room(error: OSError) -> str:
-    return (
-        f"cannot write to {tempfile.gettempdir()}, where the ids of the text are kept: "
-        f"{error.strerror or error}; TMPDIR names another folder"
-    )
+def _write(file: IO[bytes], data: bytes) -> None:
+    """Writes all of the data to an unbuffered temporary file, or says that there is no room."""
+    try:
+        while data:
+            data = data[file.write(data) :]
+    except OSError as error:
+        raise CharlmError(
+            f"cannot write to {tempfile.gettempdir()}, where the ids of the text are kept: "
+            f"{error.strerror or error}; TMPDIR names another folder"
+        ) from None
 
 
 def _decode(blocks: Iterator[bytes], name: str) -> Iterator[str]:
@@ -190,20 +191,13 @@ def read_corpus(
         vocabulary = _vocabulary(text, unit, characters)
     digest = hashlib.sha256()
     dtype = np.min_scalar_type(max(len(vocabulary) - 1, 0))
-    with tempfile.TemporaryFile() as file:
+    with tempfile.TemporaryFile(buffering=0) as file:
         first = 0
         for codes in _part(text, unit, characters):
             digest.update(codes)
             ids = vocabulary.ids(codes, text.name, first)
             first += len(ids)
-            try:
-                file.write(ids.astype(dtype))
-            except OSError as error:
-                raise CharlmError(_no_room(error)) from None
-        try:
-            file.flush()
-        except OSError as error:
-            raise CharlmError(_no_room(error)) from None
+            _write(file, ids.astype(dtype).tobytes())
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if first else b""
     return Corpus(text, np.frombuffer(mapped, dtype=dtype), vocabulary, digest.hexdigest())
 
