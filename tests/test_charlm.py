@@ -273,7 +273,7 @@ def test_frankenstein_counts(seed: int, monkeypatch: pytest.MonkeyPatch) -> None
     assert Path("r/sample.txt").read_text().startswith("You will rejoice to hear")
 
 
-def test_frankenstein_loss_is_the_mean_over_batches_of_the_documents_model(seed: int) -> None:
+def test_frankenstein_loss_is_the_mean_over_characters_of_the_documents_model(seed: int) -> None:
     """One epoch beside the document's own loop: nn.LSTM, zero states, nothing else."""
     config = read_preset("frankenstein")[0].override(
         {"cell": "lstm", "epochs": 1, "batch_size": 300}
@@ -299,7 +299,9 @@ def test_frankenstein_loss_is_the_mean_over_batches_of_the_documents_model(seed:
         sizes.append(len(features))
     assert sizes == [300] * 22 + [202]
     (record,) = trainer.train()
-    assert record.train_loss == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    # The document's own mean lets the short last batch weigh as much as a full one.
+    mean = sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
+    assert record.train_loss == pytest.approx(mean, abs=1e-5)
 
 
 def test_another_edition_is_pointed_out(seed: int) -> None:

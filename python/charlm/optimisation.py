@@ -23,8 +23,8 @@ class Record:
 
     epoch: int  # the epoch that is done or under way, counted from 1
     step: int  # optimiser steps so far
-    # Mean over the batches since the last record, each weighing the same; with eval_train over
-    # eval_batches batches in eval mode.
+    # Mean over the characters since the last record, in training; with eval_train over those of
+    # eval_batches batches, in eval mode.
     train_loss: float
     val_loss: float | None
     tokens_seen: int  # characters trained on so far

@@ -175,10 +175,10 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        if (self.epochs is None) == (self.steps is None):
-            raise CharlmError("give one of epochs and steps, not both")
         for field in settings():
             _check(field, getattr(self, field.name))
+        if (self.epochs is None) == (self.steps is None):
+            raise CharlmError("give one of epochs and steps, not both")
         if self.validation + self.test >= 1:
             raise CharlmError(
                 f"validation {self.validation:g} and test {self.test:g} leave nothing to train on"
@@ -210,11 +210,20 @@ class Config:
             kind = setting_type(known[name])
             # bool is an int to Python, and an int will do for a float.
             if type(value) is not kind and not (kind is float and type(value) is int):
-                raise CharlmError(f"{name} must be a {kind.__name__}, got {value!r}")
+                raise CharlmError(f"{name} must be {_KINDS[kind]}, got {value!r}")
             given[name] = value
         if "preset" not in given:
             raise CharlmError("the setting preset is missing")
         return cls(**given)
+
+
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    bool: "true or false",
+    tuple: "a pair [FIRST, END]",
+}
 
 
 def _pair(value: Any) -> Any:

@@ -89,7 +89,8 @@ class Trainer:
         self.lr = config.lr  # of the last step
         self.seconds = 0.0  # spent in train() so far, all sessions together
         self.lowest_mean = math.inf  # the lowest running_mean, for the log line that shows it
-        # Of the losses since the last record, to be read there only: reading makes a GPU wait.
+        # Of the characters' losses since the last record, and how many they are. Read there only:
+        # reading makes a GPU wait.
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.loss_count = 0
 
@@ -109,7 +110,7 @@ class Trainer:
         return self.step >= self.total_steps or bool(self.stopped_early)
 
     def running_mean(self) -> float:
-        """The mean loss of the steps since the last record."""
+        """The mean loss of the steps since the last record, every character weighing the same."""
         return self.loss_sum.item() / self.loss_count if self.loss_count else math.nan
 
     def train(
@@ -213,6 +214,6 @@ class Trainer:
         carried = self.batches.carried and self.batch > 0  # a row's end isn't its beginning's past
         self.states = detach(states) if carried else None
         loss = loss.detach()
-        self.loss_sum += loss
-        self.loss_count += 1
+        self.loss_sum += loss.double() * labels.numel()
+        self.loss_count += labels.numel()
         return loss
