@@ -153,7 +153,7 @@ def charlm_sample(*arguments: object) -> str:
 def test_command_repeats_the_runs_own_sample(run: Path) -> None:
     text = (run / "sample.txt").read_text(encoding="utf-8")
     assert text.startswith("assert ") and len(text) == 507
-    assert charlm_sample(run) == text + "\n"
+    assert charlm_sample(run) == charlm_sample(run, "--device", "auto") == text + "\n"
 
 
 def test_command_passes_its_options_on(run: Path) -> None:
@@ -176,6 +176,7 @@ def test_command_passes_its_options_on(run: Path) -> None:
         (["--top-p", "2"], "top-p must be above 0 and at most 1, got 2.0"),
         (["--temperature", "-0.5"], "temperature must be at least 0, got -0.5"),
         (["--seed", "-1"], "seed must be at least 0"),
+        (["--device", "absent"], "cannot use device 'absent'"),
     ],
 )
 def test_command_refuses(run: Path, arguments: list[str], message: str) -> None:

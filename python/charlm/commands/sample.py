@@ -8,6 +8,7 @@ import click
 from charlm.commands import FOLDER
 from charlm.runfolder import RunFolder
 from charlm.sampling import sample
+from charlm.training import device_of
 
 
 @click.command("sample")
@@ -26,11 +27,13 @@ from charlm.sampling import sample
     help="Draw among the fewest characters that together have this probability.",
 )
 @click.option("--seed", type=int, help="The same seed draws the same text.  [default: the run's]")
-def sample_command(folder: Path, **overrides: Any) -> None:
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ..., auto.")
+def sample_command(folder: Path, device: str, **overrides: Any) -> None:
     """Print text from the run in FOLDER."""
     run = RunFolder(folder)
     config = run.read_config().override(overrides)
     model, vocabulary = run.read_model()
+    model.to(device_of(device))
     click.echo(
         sample(
             model,
