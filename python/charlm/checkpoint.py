@@ -7,28 +7,46 @@ metadata the place in the data and the rest. One file, because two could not be 
 places at once.
 """
 
+import dataclasses
 import json
 import math
+import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from charlm.errors import CharlmError
 from charlm.files import write_atomically
+from charlm.model import CharacterModel
+from charlm.optimisation import STATE
+from charlm.reading import TensorFile, blaming, build, parse_json
 from charlm.training import Trainer
 
 CHECKPOINT = "checkpoint.safetensors"
+_WANTED = "a checkpoint of this run"
 _SHARE = 0.01  # of the time, that checkpoints may take by default
 
-Values = dict[str, Any]
+
+@dataclass(frozen=True)
+class Values:
+    """What a checkpoint holds beside its tensors."""
+
+    step: int
+    epoch: int
+    batch: int
+    tokens_seen: int
+    losses: int  # in the sum of them
+    lr: float
+    seconds: float
+    lowest_mean: float | None
+    metrics: int  # bytes of metrics.jsonl that belong to it; what comes after is written anew
 
 
-def _capture(trainer: Trainer) -> tuple[dict[str, Tensor], Values]:
+def _capture(trainer: Trainer, metrics: int) -> tuple[dict[str, Tensor], Values]:
     tensors = {f"model.{name}": value for name, value in trainer.model.state_dict().items()}
     for index, entry in trainer.optimizer.state_dict()["state"].items():
         for name, value in entry.items():
@@ -40,17 +58,45 @@ def _capture(trainer: Trainer) -> tuple[dict[str, Tensor], Values]:
     tensors["generator.cpu"] = torch.get_rng_state()
     if trainer.device.type == "cuda":
         tensors["generator.cuda"] = torch.cuda.get_rng_state(trainer.device)
-    values = {
-        "step": trainer.step,
-        "epoch": trainer.epoch,
-        "batch": trainer.batch,
-        "tokens_seen": trainer.tokens_seen,
-        "losses": trainer.loss_count,
-        "lr": trainer.lr,
-        "seconds": trainer.seconds,
-        "lowest_mean": None if math.isinf(trainer.lowest_mean) else trainer.lowest_mean,
-    }
+    values = Values(
+        step=trainer.step,
+        epoch=trainer.epoch,
+        batch=trainer.batch,
+        tokens_seen=trainer.tokens_seen,
+        losses=trainer.loss_count,
+        lr=trainer.lr,
+        seconds=trainer.seconds,
+        lowest_mean=None if math.isinf(trainer.lowest_mean) else trainer.lowest_mean,
+        metrics=metrics,
+    )
     return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, values
+
+
+def _expected(trainer: Trainer, values: Values, names: set[str]) -> dict[str, Tensor]:
+    """Tensors of the shapes and dtypes that a checkpoint of this trainer has at such a place.
+
+    Raises:
+        ValueError: there is no such place.
+    """
+    if not trainer.is_place(values.step, values.epoch, values.batch):
+        raise ValueError(
+            f"step {values.step} isn't at batch {values.batch} of epoch {values.epoch}"
+        )
+    if min(values.tokens_seen, values.losses, values.metrics) < 0:
+        raise ValueError("it counts below zero")
+    tensors = {f"model.{name}": value for name, value in trainer.model.state_dict().items()}
+    for index, parameter in enumerate(trainer.model.learned() if values.step else ()):
+        for name, scalar in STATE[trainer.config.optimizer].items():
+            shape = () if scalar else parameter.shape
+            tensors[f"optimizer.{index}.{name}"] = torch.empty(shape, device="meta")
+    if trainer.batches.carried and values.batch:
+        for index, state in enumerate(trainer.model.zero_states(trainer.config.batch_size)):
+            tensors[f"state.{index}"] = state
+    tensors["losses"] = trainer.loss_sum
+    tensors["generator.cpu"] = torch.get_rng_state()
+    if "generator.cuda" in names:
+        tensors["generator.cuda"] = torch.empty(16, dtype=torch.uint8, device="meta")
+    return tensors
 
 
 def _restore(trainer: Trainer, tensors: dict[str, Tensor], values: Values) -> None:
@@ -63,7 +109,7 @@ def _restore(trainer: Trainer, tensors: dict[str, Tensor], values: Values) -> No
         if cuda is not None:
             torch.cuda.set_rng_state(cuda, trainer.device)
         else:
-            torch.cuda.manual_seed(trainer.config.seed + values["step"])
+            torch.cuda.manual_seed(trainer.config.seed + values.step)
     states = [tensors.pop(f"state.{index}") for index in range(2) if f"state.{index}" in tensors]
     trainer.states = tuple(state.to(trainer.device) for state in states) or None
     state: dict[int, dict[str, Tensor]] = {}
@@ -73,12 +119,10 @@ def _restore(trainer: Trainer, tensors: dict[str, Tensor], values: Values) -> No
     groups = trainer.optimizer.state_dict()["param_groups"]
     trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
-    for name in ("step", "epoch", "batch", "tokens_seen"):
-        setattr(trainer, name, int(values[name]))
-    trainer.loss_count = int(values["losses"])
-    trainer.lr, trainer.seconds = float(values["lr"]), float(values["seconds"])
-    lowest = values["lowest_mean"]
-    trainer.lowest_mean = math.inf if lowest is None else float(lowest)
+    for name in ("step", "epoch", "batch", "tokens_seen", "lr", "seconds"):
+        setattr(trainer, name, getattr(values, name))
+    trainer.loss_count = values.losses
+    trainer.lowest_mean = math.inf if values.lowest_mean is None else values.lowest_mean
 
 
 class Checkpoints:
@@ -94,6 +138,10 @@ class Checkpoints:
         self._every = every
         self._next = 0.0
 
+    @property
+    def exist(self) -> bool:
+        return os.path.lexists(self.path)
+
     def due(self, step: int) -> bool:
         """Is it time for one, after this step?"""
         return step % self._every == 0 if self._every else time.perf_counter() >= self._next
@@ -108,12 +156,23 @@ class Checkpoints:
             CharlmError: there is no room for it. The one before stays.
         """
         begin = time.perf_counter()
-        tensors, values = _capture(trainer)
+        tensors, values = _capture(trainer, metrics)
         # One key: safetensors writes several in an order that differs from time to time.
-        metadata = {"charlm": json.dumps({**values, "metrics": metrics}, allow_nan=False)}
+        metadata = {"charlm": json.dumps(dataclasses.asdict(values), allow_nan=False)}
         write_atomically(self.path, safetensors.torch.save(tensors, metadata))
         end = time.perf_counter()
         self._next = end + (end - begin) / _SHARE
+
+    def check_model(self, vocabulary_size: int, hyperparameters: dict[str, Any]) -> None:
+        """Makes sure that a model is as large as the file says before one is made.
+
+        Raises:
+            CharlmError: the file can't be read, or its weights are of another model.
+        """
+        with TensorFile(self.path, _WANTED) as file, blaming(self.path, _WANTED):
+            model = CharacterModel.on_meta(vocabulary_size, hyperparameters, len(file.shapes))
+            shapes = {name[6:]: s for name, s in file.shapes.items() if name.startswith("model.")}
+            file.check(model.state_dict(), shapes)
 
     def load(self, trainer: Trainer) -> int:
         """Sets the trainer to where the checkpoint was made; returns the bytes of its metrics.
@@ -121,16 +180,8 @@ class Checkpoints:
         Raises:
             CharlmError: the file can't be read, or isn't a checkpoint of such a run.
         """
-        try:
-            data = self.path.read_bytes()
-            length = int.from_bytes(data[:8], "little")
-            header = json.loads(data[8 : 8 + length])
-            values = json.loads(header["__metadata__"]["charlm"])
-            metrics = int(values["metrics"])
-            _restore(trainer, safetensors.torch.load(data), values)
-            return metrics
-        except OSError as error:
-            raise CharlmError(f"cannot read {self.path}: {error.strerror}") from None
-        except (SafetensorError, LookupError, ValueError, TypeError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise CharlmError(f"{self.path} isn't a checkpoint of this run: {reason}") from None
+        with TensorFile(self.path, _WANTED) as file, blaming(self.path, _WANTED):
+            values = build(Values, parse_json(file.metadata["charlm"].encode()))
+            file.check(_expected(trainer, values, set(file.shapes)))
+            _restore(trainer, file.read(), values)
+        return values.metrics

@@ -1,6 +1,6 @@
 """The model: characters in, a score for each possible next character out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -105,6 +105,21 @@ class CharacterModel(nn.Module):
                     nn.init.zeros_(parameter.requires_grad_(False))
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(hidden, vocabulary_size)
+
+    @classmethod
+    def on_meta(
+        cls, vocabulary_size: int, hyperparameters: Mapping[str, Any], most_layers: int
+    ) -> "CharacterModel":
+        """A model of any size, which takes no memory: for a file's claims to be compared with.
+
+        Raises:
+            ValueError: more layers than `most_layers`, each of which takes some memory after all.
+            TypeError, RuntimeError, CharlmError: what the constructor refuses.
+        """
+        if hyperparameters["layers"] > most_layers:
+            raise ValueError(f"it has no {hyperparameters['layers']} layers")
+        with torch.device("meta"):
+            return cls(vocabulary_size, **hyperparameters)
 
     def forward(self, ids: Tensor, states: States) -> tuple[Tensor, States]:
         """ids (B, T) int64 and states as of `zero_states` -> logits (B*T, V), states."""

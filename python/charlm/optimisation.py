@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from charlm.settings import Config
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+# What each keeps for a parameter, and whether that is one number: what a checkpoint must hold.
+_MOMENTS = {"step": True, "exp_avg": False, "exp_avg_sq": False}
+STATE: dict[str, dict[str, bool]] = {"adam": _MOMENTS, "adamw": _MOMENTS, "sgd": {}}
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,21 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from safetensors import SafetensorError, safe_open
 
 from charlm.errors import CharlmError
 from charlm.files import is_leftover, write_atomically
 from charlm.model import CharacterModel
 from charlm.optimisation import Record
+from charlm.reading import (
+    TensorFile,
+    blaming,
+    parse_json,
+    parse_lines,
+    plain_name,
+    read_json,
+    read_lines,
+    read_text,
+)
 from charlm.settings import Config
 from charlm.vocabulary import Vocabulary
 
@@ -129,17 +138,19 @@ class RunFolder:
             CharlmError: they aren't there, or aren't records.
         """
         path = self.path / METRICS
-        data = path.read_bytes()[:size] if path.is_file() else b""
-        try:
-            if len(data) < size:
-                raise ValueError(f"it has {len(data):,} bytes, its checkpoint knows of {size:,}")
-            lines = [json.loads(line) for line in data.splitlines()]
-            records = [Record(**{"val_loss": None, **line}) for line in lines]
-        except (ValueError, TypeError) as error:
-            raise CharlmError(f"{path} isn't a run's metrics: {error}") from None
-        if path.is_file():
+        data = self._metrics()[:size]
+        if len(data) < size:
+            raise CharlmError(
+                f"{path} has {len(data):,} bytes, but its checkpoint knows of {size:,}"
+            )
+        records = parse_lines(data, Record, path)
+        if os.path.lexists(path):
             write_atomically(path, data)
         return records
+
+    def _metrics(self) -> bytes:
+        path = self.path / METRICS
+        return read_lines(path) if os.path.lexists(path) else b""
 
     def write_sample(self, text: str) -> None:
         write_atomically(self.path / SAMPLE, text.encode())
@@ -152,30 +163,49 @@ class RunFolder:
         return self._settings()[1]
 
     def _settings(self) -> tuple[Config, dict[str, Any]]:
-        try:
-            values = json.loads(self._file(CONFIG).read_bytes())
-            facts = dict(values.pop("facts"))
-            return Config.from_json(values), facts
-        except (ValueError, KeyError, TypeError, AttributeError, CharlmError) as error:
-            raise CharlmError(f"{self.path / CONFIG} isn't a run's settings: {error}") from None
+        path = self.path / CONFIG
+        wanted = "a run's settings"
+        values = read_json(path, wanted)
+        with blaming(path, wanted):
+            facts = values.pop("facts")
+            if not isinstance(facts, dict):
+                raise ValueError("its facts are no JSON object")
+            sources = facts.get("sources", [])
+            if not isinstance(sources, list) or not all(isinstance(s, str) for s in sources):
+                raise ValueError("its sources are no list of files")
+            config = Config.from_json(values)
+            if config.file is not None:
+                plain_name(config.file)
+        return config, facts
+
+    def read_metrics(self) -> list[Record]:
+        """The records so far; none where the first has not been reached."""
+        return parse_lines(self._metrics(), Record, self.path / METRICS)
+
+    def read_sample(self) -> str:
+        """The last sample; empty where there is none yet."""
+        path = self.path / SAMPLE
+        return read_text(path) if os.path.lexists(path) else ""
 
     def read_model(self) -> tuple[CharacterModel, Vocabulary]:
-        """The model, in eval mode on the CPU, and its vocabulary."""
-        path = self._file(MODEL)
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            about = json.loads(metadata["charlm"])
-            vocabulary = Vocabulary(about["vocabulary"], about.get("unit", "characters"))
-            model = CharacterModel(len(vocabulary), **about["hyperparameters"])
-            model.load_state_dict(tensors)
-        except (SafetensorError, LookupError, ValueError, TypeError, RuntimeError) as error:
-            raise CharlmError(f"{path} isn't a model that charlm saved: {error}") from None
+        """The model, in eval mode on the CPU, and its vocabulary.
+
+        It takes memory only after the file's shapes have been found to be those of a model with
+        its hyper-parameters, so never more than the file holds.
+        """
+        path = self.path / MODEL
+        wanted = "a model that charlm saved"
+        with TensorFile(path, wanted) as file, blaming(path, wanted):
+            about = parse_json(file.metadata["charlm"].encode())
+            vocabulary = Vocabulary.checked(about["vocabulary"], about.get("unit", "characters"))
+            model = CharacterModel.on_meta(
+                len(vocabulary), about["hyperparameters"], len(file.shapes)
+            )
+            file.check(model.state_dict())
+            model = model.to_empty(device="cpu")
+            model.load_state_dict(file.read())
         return model.eval(), vocabulary
 
-    def _file(self, name: str) -> Path:
-        path = self.path / name
-        if not path.is_file():
-            raise CharlmError(f"{self.path} has no {name}: give the folder of a charlm run")
-        return path
+    def size(self) -> int:
+        """Bytes of all that lies in the folder itself."""
+        return sum(entry.stat(follow_symlinks=False).st_size for entry in os.scandir(self.path))

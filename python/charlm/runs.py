@@ -16,9 +16,10 @@ from charlm.files import Lock, remove_leftovers
 from charlm.model import CharacterModel
 from charlm.optimisation import depends_on_length
 from charlm.presets import read_preset
+from charlm.reading import one_line
 from charlm.runfolder import RunFolder, check_free
 from charlm.settings import Config
-from charlm.training import Trainer
+from charlm.training import Trainer, hyperparameters
 
 # What a resumed run may change: nothing of it decides a bit of the steps that were made.
 _SAFE = {
@@ -112,15 +113,17 @@ def resume(path: Path, sources: Sequence[str], overrides: Mapping[str, Any]) -> 
         old, facts = folder.read_config(), folder.read_facts()
         config = _with_threads(_changed(old, overrides))
         remove_leftovers(path)
-        text = _same_text(facts, sources, config)
+        text = same_text(facts, sources, config)
         corpus = read_corpus(text, config.vocabulary, config.characters)
         if corpus.sha256 != facts.get("sha256"):
             raise CharlmError(
                 f"{text.name} isn't the text that {path} was trained on: pass that one with "
                 f"--text, or begin a new run from its weights with --init {path}"
             )
-        trainer = _trainer(config, corpus)
         checkpoints = Checkpoints(path, config.checkpoint_every)
+        if checkpoints.exist:
+            checkpoints.check_model(len(corpus.vocabulary), hyperparameters(config))
+        trainer = _trainer(config, corpus)
         _go_on(trainer, folder, checkpoints)
         for name in ("device", "threads"):
             was, now = getattr(old, name), getattr(config, name)
@@ -135,7 +138,7 @@ def resume(path: Path, sources: Sequence[str], overrides: Mapping[str, Any]) -> 
 
 
 def _go_on(trainer: Trainer, folder: RunFolder, checkpoints: Checkpoints) -> None:
-    metrics = checkpoints.load(trainer) if checkpoints.path.exists() else 0
+    metrics = checkpoints.load(trainer) if checkpoints.exist else 0
     if trainer.step > trainer.total_steps:
         raise CharlmError(
             f"{folder.path} has made {trainer.step:,} steps already, more than the "
@@ -165,17 +168,19 @@ def _changed(old: Config, overrides: Mapping[str, Any]) -> Config:
     return config
 
 
-def _same_text(facts: Mapping[str, Any], sources: Sequence[str], config: Config) -> Text:
+def same_text(facts: Mapping[str, Any], sources: Sequence[str], config: Config) -> Text:
     """The sources given, or those of the run if they are still there, or what the preset finds."""
     if sources:
         return Text(sources)
-    recorded = [str(source) for source in facts.get("sources", [])]
-    if all(os.path.isfile(source) for source in recorded):
+    recorded = facts.get("sources", [])
+    if all(map(os.path.isfile, recorded)):  # anyone may have named them: no device, no pipe
         return Text(recorded)
     if config.file is not None:
         return find_text((), config.file)
     where = ", ".join("standard input" if source == "-" else source for source in recorded)
-    raise CharlmError(f"the run's text was {where}, which isn't there: pass it with --text")
+    raise CharlmError(
+        f"the run's text was {one_line(where)}, which isn't there: pass it with --text"
+    )
 
 
 def _with_threads(config: Config) -> Config:

@@ -75,10 +75,11 @@ def sample(
     model.eval()
     drawn: list[int] = []
     logits, states = model(ids[None].to(device), model.zero_states(1))
-    if not logits.isfinite().all():
-        raise CharlmError("the model's scores aren't finite: its training has diverged")
     while len(drawn) < length:
-        drawn.append(choose(logits[-1].cpu(), generator, temperature, top_k, top_p))
+        scores = logits[-1].cpu()
+        if not scores.isfinite().all():
+            raise CharlmError("the model's scores aren't finite: its training has diverged")
+        drawn.append(choose(scores, generator, temperature, top_k, top_p))
         logits, states = model(torch.tensor([drawn[-1:]], device=device), states)
     model.train(was_training)
     return prompt + vocabulary.decode(drawn)

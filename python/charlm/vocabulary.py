@@ -42,6 +42,22 @@ class Vocabulary:
     def of_bytes(cls) -> "Vocabulary":
         return cls("".join(map(chr, range(256))), "bytes")
 
+    @classmethod
+    def checked(cls, characters: Any, unit: Any) -> "Vocabulary":
+        """One from a file, which may say anything.
+
+        Raises:
+            ValueError: they aren't distinct characters, or not the bytes.
+        """
+        if not isinstance(characters, str) or not 0 < len(set(characters)) == len(characters):
+            raise ValueError("its vocabulary is not a string of distinct characters")
+        if unit not in ("characters", "bytes"):
+            raise ValueError("its ids stand for neither characters nor bytes")
+        vocabulary = cls(characters, unit)
+        if unit == "bytes" and vocabulary != cls.of_bytes():
+            raise ValueError("its vocabulary is not that of bytes")
+        return vocabulary
+
     def __len__(self) -> int:
         return len(self.characters)
 
