@@ -105,6 +105,7 @@ class Rows:
         self._labels = ids[1 : count + 1].reshape(batch_size, columns)
         self._window = window
         self.samples = batch_size * len(self)
+        self.characters = count  # that are predicted in a pass
 
     def __len__(self) -> int:
         return -(-self._features.shape[1] // self._window)

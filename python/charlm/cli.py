@@ -5,8 +5,12 @@ from typing import Any
 
 import click
 
+from charlm.commands.compare import compare_command
+from charlm.commands.eval import eval_command
+from charlm.commands.plot import plot_command
 from charlm.commands.presets import presets_command
 from charlm.commands.sample import sample_command
+from charlm.commands.show import show_command
 from charlm.commands.train import train
 from charlm.errors import CharlmError
 
@@ -31,4 +35,8 @@ def main() -> None:
 
 main.add_command(train)
 main.add_command(sample_command)
+main.add_command(eval_command)
+main.add_command(plot_command)
+main.add_command(show_command)
+main.add_command(compare_command)
 main.add_command(presets_command)

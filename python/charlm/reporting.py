@@ -6,7 +6,6 @@ from typing import Any
 
 import click
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from charlm.corpus import Corpus
 from charlm.loglines import LOG_LINES, SAMPLE_TIMES, on_one_line
@@ -15,6 +14,7 @@ from charlm.runs import Run
 from charlm.sampling import sample
 from charlm.settings import Config
 from charlm.training import Trainer
+from charlm.watching import Progress
 
 
 def heading(config: Config, name: str) -> None:
@@ -73,26 +73,22 @@ class Reporter:
         self._vocabulary = corpus.vocabulary
         self._line = LOG_LINES[trainer.config.log]
         self._rewrites = self._line.live is not None and sys.stdout.isatty()
-        # No bar where there is no terminal.
-        self._bar = tqdm(
-            total=trainer.total_steps,
-            initial=trainer.step,
-            unit="step",
-            disable=True if self._line.live else None,
-            leave=False,
-        )
+        # A live line is its own progress.
+        self._progress = None if self._line.live else Progress(trainer.total_steps, trainer.step)
+        self._seen = trainer.tokens_seen
 
     def __enter__(self) -> "Reporter":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bar.close()
+        if self._progress is not None:
+            self._progress.close()
 
     def step(self, loss: Tensor) -> None:
         trainer = self._trainer
-        if self._bar.n % 20 == 0 and not self._bar.disable:  # reading the loss makes a GPU wait
-            self._bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-        self._bar.update()
+        if self._progress is not None:
+            self._progress.step(loss, trainer.tokens_seen - self._seen)
+        self._seen = trainer.tokens_seen
         drawn = self.sample() if SAMPLE_TIMES[trainer.config.samples](trainer) else ""
         if self._line.live is not None:
             trainer.lowest_mean = min(trainer.lowest_mean, trainer.running_mean())
@@ -123,5 +119,7 @@ class Reporter:
         )
 
     def _echo(self, line: str) -> None:
-        with self._bar.external_write_mode():
+        if self._progress is not None:
+            self._progress.say(line)
+        else:
             click.echo(line)

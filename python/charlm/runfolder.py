@@ -206,6 +206,10 @@ class RunFolder:
             model.load_state_dict(file.read())
         return model.eval(), vocabulary
 
+    @property
+    def has_model(self) -> bool:
+        return os.path.lexists(self.path / MODEL)
+
     def size(self) -> int:
         """Bytes of all that lies in the folder itself."""
         return sum(entry.stat(follow_symlinks=False).st_size for entry in os.scandir(self.path))

@@ -14,6 +14,7 @@ from charlm.presets import preset_names, read_preset
 from charlm.reporting import Reporter, heading, show_run
 from charlm.runs import Run, begin, resume, settings_from
 from charlm.sampling import sample
+from charlm.watching import Events
 
 
 @click.command("train", cls=GroupedCommand)
@@ -118,10 +119,13 @@ def _train(run: Run) -> bool:
         if run.checkpoints.due(trainer.step):
             run.checkpoints.save(trainer, scheduled)
 
-    with Reporter(trainer, run.corpus) as reporter, Interrupt() as interrupt:
+    reporter = Reporter(trainer, run.corpus)
+    events = Events(folder.path, trainer.step)
+    with reporter, events, Interrupt() as interrupt:
         for record in trainer.train(on_step, lambda: interrupt.asked):
             folder.write_model(trainer.model, run.corpus.vocabulary)
             folder.add_record(record)
+            events.add(record)
             reporter.record(record)
             if trainer.records and trainer.records[-1] is record:
                 scheduled = folder.metrics_size
