@@ -46,6 +46,7 @@ struct BackwardPass {
       units;  // columns of dh (P), and of the cell (H) where a projection makes them differ
   int64_t g_padded, p_padded, g_stride, p_stride, c_stride;
   bool copy_dgates;
+  bool far;  // W_hh is beyond the second-level cache
   Direction direction[2];
   char* private_base;
   int64_t private_bytes;
@@ -63,6 +64,7 @@ struct BackwardPass {
     const int64_t weights = 4 * seq.H * seq.P;
     team = Team::choose(threads, directions, seq, seq.B * weights, weights * int64_t(sizeof(Elem)),
                         round_up(seq.B, P::max_rows(4)) / P::max_rows(4), round_up(seq.P, V) / V);
+    far = weights * int64_t(sizeof(Elem)) > kNearBytes * team.unit_groups;
     hidden = ColumnBlocks(seq.P, V, team.unit_groups);
     units = ColumnBlocks(seq.projected ? seq.H : 0, V, team.unit_groups);
   }
@@ -151,7 +153,7 @@ struct BackwardPass {
       step.active = s < seq.T ? seq.rows(step.t) : 0;
       step.previous_cells = s + 1 < seq.T ? a.seq.step(s + 1, true) : -1;
       for (int64_t block = mine.begin; block < mine.end; ++block)
-        hidden_step(d, block, step, rows, sums);
+        hidden_step(d, block, block + 1 < mine.end ? block + 1 : mine.begin, step, rows, sums);
       if (seq.projected && s < seq.T) {
         barrier.wait(team.unit_groups);
         for (int64_t block = cells.begin; block < cells.end; ++block)
@@ -173,7 +175,8 @@ struct BackwardPass {
         }
   }
 
-  void hidden_step(int d, int64_t block, const Step& step, const Range& rows, A* sums) const {
+  void hidden_step(int d, int64_t block, int64_t following, const Step& step, const Range& rows,
+                   A* sums) const {
     const Backward& a = args[d];
     const Direction& dir = direction[d];
     static const A zeros[kWidth] = {};
@@ -185,6 +188,8 @@ struct BackwardPass {
                                       : reinterpret_cast<const Elem*>(a.dgates) +
                                             seq.first_row(step.from) * 4 * seq.H;
     const int64_t stride = copy_dgates ? g_stride : 4 * seq.H;
+    NextPanel next_panel(far, dir.hidden_panels + hidden.first(following) * g_padded,
+                         hidden.vectors_of(following) * V * g_padded * int64_t(sizeof(Elem)));
     for (int64_t r = rows.begin, m; r < end; r += m) {
       m = P::next_rows(end - r, vectors);
       if (!seq.projected) prefetch(a, step, r, m, column, vectors * V);
@@ -192,7 +197,7 @@ struct BackwardPass {
       if (running > 0)
         P::run(int(running < m ? running : m), vectors,
                {operand + r * stride, stride, P::kStepK, dir.hidden_panels + column * g_padded,
-                g_padded / P::kStepK, zeros, 0, sums});
+                g_padded / P::kStepK, zeros, 0, sums, next_panel.part(g_padded / P::kStepK)});
       for (int i = 0; i < m; ++i) {
         Vec<A> tanh_c[kMaxVectors];
         if (!seq.projected && r + i < step.active) tanh_cells(a, step, r + i, column, tanh_c);

