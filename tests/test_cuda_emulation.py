@@ -10,14 +10,13 @@ import copy
 import ctypes
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from cuda_emulation import library
-from cuda_emulation.library import POLICIES, Emulation
+from cuda_emulation.library import POLICIES, Emulation, tf32
 from parity import (
     Arguments,
     Options,
@@ -89,16 +88,6 @@ class Case:
 
 
 # --- one call -------------------------------------------------------------------------------------
-
-
-@contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def made(options: Options, operands: str) -> tuple[nn.LSTM, Arguments]:

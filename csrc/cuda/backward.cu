@@ -74,10 +74,10 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
 #pragma unroll
     for (int i = 0; i < kCells; ++i) {
       const int b = (tile * tiling.groups + place.group) * kRows + row + 4 * i;
-      cell[(tile * kCells + i) * owners + thread] =
-          given.grad_c_n && real && b < extent.B
-              ? S::load(static_cast<const T*>(given.grad_c_n)[int64_t(b) * H + unit])
-              : 0;
+      store_element(cell + (tile * kCells + i) * owners + thread,
+                    given.grad_c_n && real && b < extent.B
+                        ? S::load(static_cast<const T*>(given.grad_c_n)[int64_t(b) * H + unit])
+                        : 0);
     }
   }
   if (kAlone) {
@@ -100,17 +100,17 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
       const int64_t r = int64_t(walk.now.first) + b;
       const T* gates = static_cast<const T*>(from.gates) + r * 4 * H + unit;
 #pragma unroll
-      for (int gate = 0; gate < 4; ++gate) saved[i].gate[gate] = gates[gate * H];
+      for (int gate = 0; gate < 4; ++gate) saved[i].gate[gate] = load_element(gates + gate * H);
       const T* all_c = static_cast<const T*>(from.cells) + unit;
-      saved[i].c = all_c[r * H];
-      saved[i].c_before = b < after.count ? all_c[(int64_t(after.first) + b) * H]
+      saved[i].c = load_element(all_c + r * H);
+      saved[i].c_before = b < after.count ? load_element(all_c + (int64_t(after.first) + b) * H)
                                           : static_cast<const T*>(from.c_0)[int64_t(b) * H + unit];
       if (!from.grad_output) continue;
       const int t = from.reverse ? walk.s : extent.T - 1 - walk.s;
       const int64_t at = extent.steps
                              ? r * from.grad_output_stride_b
                              : t * from.grad_output_stride_t + b * from.grad_output_stride_b;
-      saved[i].grad_output = static_cast<const T*>(from.grad_output)[at + unit];
+      saved[i].grad_output = load_element(static_cast<const T*>(from.grad_output) + at + unit);
     }
   };
 
@@ -150,7 +150,7 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
     float* const partials = reinterpret_cast<float*>(shared + tiling.partials) +
                             (kAlone ? 0 : turn * kWarpsInTeam * cells);
     sums.each([&](int, int m, int n, float sum) {
-      partials[warp_k * cells + partial_sum_of<NT>(warp_m * 16 + m, n)] = sum;
+      store_element(partials + warp_k * cells + partial_sum_of<NT>(warp_m * 16 + m, n), sum);
     });
     block_barrier();
 
@@ -161,17 +161,17 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
       const bool in_step = b < walk.now.count, active = in_step && real;
       float gradient[4] = {0, 0, 0, 0};
       float dc_before = 0;
-      float& dc = cell[(walk.tile * kCells + i) * owners + thread];
+      float* const dc = cell + (walk.tile * kCells + i) * owners + thread;
       if (active) {
         float dh = given.grad_output ? S::load(saved[i].grad_output) : 0;
         for (int k = 0; k < warps_k; ++k)
-          dh += partials[k * cells + partial_sum_of<NT>(block_unit, n)];
+          dh += load_element(partials + k * cells + partial_sum_of<NT>(block_unit, n));
         if (b >= walk.before.count && given.grad_h_n)
           dh += S::load(static_cast<const T*>(given.grad_h_n)[int64_t(b) * H + unit]);
         const float in = S::load(saved[i].gate[0]), forget = S::load(saved[i].gate[1]);
         const float candidate = S::load(saved[i].gate[2]), out = S::load(saved[i].gate[3]);
         const float tanh_c = tanh<kFast>(S::load(saved[i].c));
-        const float dc_t = dc + dh * out * (1 - tanh_c * tanh_c);
+        const float dc_t = load_element(dc) + dh * out * (1 - tanh_c * tanh_c);
         gradient[0] = dc_t * candidate * in * (1 - in);
         gradient[1] = dc_t * S::load(saved[i].c_before) * forget * (1 - forget);
         gradient[2] = dc_t * in * (1 - candidate * candidate);
@@ -193,8 +193,9 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
         if (in_step && unit < padded) {
 #pragma unroll
           for (int gate = 0; gate < 4; ++gate) {
-            next[gate * padded] = Operand(word[gate]);
-            to[gate * padded] = kFast ? Operand(word[gate]) : Operand(float_bits(gradient[gate]));
+            store_element(next + gate * padded, Operand(word[gate]));
+            store_element(to + gate * padded,
+                          kFast ? Operand(word[gate]) : Operand(float_bits(gradient[gate])));
           }
         }
       } else if constexpr (sizeof(T) == 2) {
@@ -214,7 +215,7 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
         for (int gate = 0; gate < 4; ++gate) publish(to + gate * padded, word[gate]);
       }
       if (!active) continue;
-      dc = dc_before;
+      store_element(dc, dc_before);
       if (b >= walk.after().count)  // the row's last step, its first in the direction's order
         static_cast<T*>(given.grad_c_0)[int64_t(b) * H + unit] = S::store(dc_before);
     }

@@ -56,7 +56,15 @@ FUSED_LSTM_DEVICE float shuffle_xor(float value, int mask) {
 FUSED_LSTM_DEVICE uint32_t float_bits(float value) { return __float_as_uint(value); }
 FUSED_LSTM_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
 
-// Ordinary loads and stores of 16 bytes, aligned.
+// Ordinary loads and stores, of one element, and of 16 bytes, aligned.
+template <class T>
+FUSED_LSTM_DEVICE T load_element(const T* at) {
+  return *at;
+}
+template <class T>
+FUSED_LSTM_DEVICE void store_element(T* at, T value) {
+  *at = value;
+}
 FUSED_LSTM_DEVICE Words load_words(const void* at) {
   const uint4 v = *static_cast<const uint4*>(at);
   return {v.x, v.y, v.z, v.w};
@@ -78,6 +86,11 @@ FUSED_LSTM_DEVICE Words load_published(const void* at) {
 FUSED_LSTM_DEVICE void publish(void* at, uint32_t word) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(at)), "r"(word)
                : "memory");
+}
+
+// Asks L2 to have the sector of global memory that this address is in; nobody waits for it.
+FUSED_LSTM_DEVICE void prefetch(const void* at) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(at)));
 }
 
 // d += a b for one 16 x 8 tile: a is a fragment of the 16 rows, b of the 8 columns (PTX ISA,
@@ -140,6 +153,13 @@ FUSED_LSTM_DEVICE float exact_exp(float x) { return expf(x); }
 FUSED_LSTM_DEVICE float exact_tanh(float x) { return tanhf(x); }
 FUSED_LSTM_DEVICE double exact_exp(double x) { return exp(x); }
 FUSED_LSTM_DEVICE double exact_tanh(double x) { return tanh(x); }
+
+// Of a clock that all multiprocessors share, which begins anew after 52 days.
+FUSED_LSTM_DEVICE uint32_t milliseconds() {
+  uint64_t nanoseconds;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(nanoseconds));
+  return uint32_t((nanoseconds >> 10) / 977);
+}
 
 // Ends the launch with an error that the next CUDA call reports.
 FUSED_LSTM_DEVICE void give_up() { __trap(); }

@@ -93,10 +93,10 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
 #pragma unroll
     for (int i = 0; i < kCells; ++i) {
       const int b = (tile * tiling.groups + place.group) * kRows + own.row + 4 * i;
-      cell[(tile * kCells + i) * cells + thread] =
-          own.real && b < extent.B
-              ? S::load(static_cast<const T*>(given.c_0)[int64_t(b) * H + own.unit])
-              : 0;
+      store_element(cell + (tile * kCells + i) * cells + thread,
+                    own.real && b < extent.B
+                        ? S::load(static_cast<const T*>(given.c_0)[int64_t(b) * H + own.unit])
+                        : 0);
     }
   }
   if (kAlone) {
@@ -108,7 +108,7 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
       const float h = column < H && b < extent.B
                           ? S::load(static_cast<const T*>(given.h_0)[int64_t(b) * H + column])
                           : 0;
-      reinterpret_cast<Operand*>(states)[at] = Operand(operand<kOperands>(h));
+      store_element(reinterpret_cast<Operand*>(states) + at, Operand(operand<kOperands>(h)));
     }
   }
   block_barrier();
@@ -122,7 +122,7 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
       if (!of.real || b >= walk.now.count) continue;
       const T* gates = static_cast<const T*>(from.gates) + int64_t(walk.now.first + b) * 4 * H;
 #pragma unroll
-      for (int gate = 0; gate < 4; ++gate) x[i][gate] = gates[gate * H + of.unit];
+      for (int gate = 0; gate < 4; ++gate) x[i][gate] = load_element(gates + gate * H + of.unit);
     }
   };
 
@@ -163,8 +163,9 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
                             (kAlone ? 0 : turn * kWarpsInTeam * copy);
     sums.each([&](int mt, int m, int n, float sum) {
       const int at = partial_sum_of<NT>((kAlone ? warp : 0) + mt / 2, m % 8, n);
-      reinterpret_cast<float*>(partials + (kAlone ? 0 : warp * copy) + at)[mt % 2 * 2 + m / 8] =
-          sum;
+      store_element(
+          reinterpret_cast<float*>(partials + (kAlone ? 0 : warp * copy) + at) + mt % 2 * 2 + m / 8,
+          sum);
     });
     if (kAlone)
       warp_barrier();
@@ -190,10 +191,10 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
 #pragma unroll
         for (int gate = 0; gate < 4; ++gate) sum[gate] += bits_float(partial.word[gate]);
       }
-      float& c = cell[(walk.tile * kCells + i) * cells + thread];
+      float* const c = cell + (walk.tile * kCells + i) * cells + thread;
       const float in = sigmoid<kFast>(sum[0]), forget = sigmoid<kFast>(sum[1]);
       const float candidate = tanh<kFast>(sum[2]), out = sigmoid<kFast>(sum[3]);
-      const float c_t = forget * c + in * candidate;
+      const float c_t = forget * load_element(c) + in * candidate;
       const float h = own.real ? out * tanh<kFast>(c_t) : 0;
 
       // First what others wait for.
@@ -201,7 +202,8 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
       if constexpr (kAlone) {
         char* next = states + (2 * walk.tile + (~walk.s & 1)) * states_copy;
         if (active)
-          reinterpret_cast<Operand*>(next + n * tiling.state_stride)[own.unit] = Operand(word);
+          store_element(reinterpret_cast<Operand*>(next + n * tiling.state_stride) + own.unit,
+                        Operand(word));
       } else {
         char* at = task.states + (extent.B + int64_t(walk.now.first) + b) * params.states_stride +
                    own.unit * int(sizeof(T));
@@ -215,16 +217,17 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
         }
       }
       if (!active) continue;
-      c = c_t;
+      store_element(c, c_t);
       const int64_t r = int64_t(walk.now.first) + b;
-      static_cast<T*>(given.output)[r * given.output_stride + own.unit] = S::store(h);
+      store_element(static_cast<T*>(given.output) + r * given.output_stride + own.unit,
+                    S::store(h));
       if (params.save) {
         T* gates = static_cast<T*>(given.gates) + r * 4 * H + own.unit;
-        gates[0] = S::store(in);
-        gates[H] = S::store(forget);
-        gates[2 * H] = S::store(candidate);
-        gates[3 * H] = S::store(out);
-        static_cast<T*>(given.cells)[r * H + own.unit] = S::store(c_t);
+        store_element(gates + 0, S::store(in));
+        store_element(gates + H, S::store(forget));
+        store_element(gates + 2 * H, S::store(candidate));
+        store_element(gates + 3 * H, S::store(out));
+        store_element(static_cast<T*>(given.cells) + r * H + own.unit, S::store(c_t));
       }
       if (b >= walk.after().count) {  // the row's last step
         static_cast<T*>(given.h_n)[int64_t(b) * H + own.unit] = S::store(h);

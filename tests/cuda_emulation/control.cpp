@@ -1,6 +1,7 @@
 // What tests tell the emulator and ask of it, in C for ctypes.
 #include <cstring>
 
+#include "counting.h"
 #include "emulator.h"
 
 using namespace fused_lstm::cuda::emulation;
@@ -37,10 +38,44 @@ const char* emulation_barriers() {
 }
 
 // Since the schedule was set: launches, those of them whose blocks ran together, threads, turns of
-// threads, barriers that a whole block has passed, published words, calls of load_published.
-void emulation_counts(int64_t (&values)[7]) {
+// threads, barriers that a whole block has passed, published words, calls of load_published,
+// fills.
+void emulation_counts(int64_t (&values)[8]) {
   static_assert(sizeof values == sizeof counts);
   std::memcpy(values, &counts, sizeof values);
 }
 
+// From here on, what a launch asks of the hardware is counted (counting.h), or no longer.
+void emulation_count(int on) { counting = on != 0; }
+
+// Of the latest launch that was counted and had block barriers, in Tally's order.
+void emulation_tally(int64_t (&values)[10]) {
+  static_assert(sizeof values == sizeof tally);
+  std::memcpy(values, &tally, sizeof values);
+}
+
+void emulation_clock(int milliseconds_a_look) {
+  settings.milliseconds_a_look = uint32_t(milliseconds_a_look);
+}
+
 }  // extern "C"
+
+namespace fused_lstm::cuda {
+
+const char* fill(void* at, int value, size_t bytes, Stream) {
+  ++counts.fills;
+  std::memset(at, value, bytes);
+  return nullptr;
+}
+
+const char* properties(Device& device) {
+  device = settings.device;
+  return nullptr;
+}
+
+uint32_t milliseconds() {
+  static uint32_t now = 0xffffff00u;  // about to begin anew
+  return now += settings.milliseconds_a_look;
+}
+
+}  // namespace fused_lstm::cuda

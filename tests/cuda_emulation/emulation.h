@@ -60,6 +60,11 @@ struct Mma {
 };
 void together(Collective what, void* argument, Site site);
 
+// What a lane does to memory, noted where `counting` is on (counting.h).
+enum Access { kLoad, kStore, kPublish, kPoll, kPrefetch };
+extern bool counting;
+void note(Access access, const void* at, size_t bytes, const Site& site);
+
 void fail(const char* what);
 inline void require_aligned(const void* at, uintptr_t bytes) {
   if (reinterpret_cast<uintptr_t>(at) % bytes) fail("misaligned access");
@@ -107,21 +112,37 @@ inline void mma_tf32(float (&d)[4], const Words& a, uint32_t b0, uint32_t b1,
   emulation::together(emulation::kMmaTf32, &mma, site);
 }
 
-inline Words load_words(const void* at) {
+template <class T>
+inline T load_element(const T* at, emulation::Site site = emulation::Site::current()) {
   emulation::maybe_take_turns();
-  emulation::require_aligned(at, 16);
-  Words words;
-  std::memcpy(&words, at, 16);
-  return words;
+  if (emulation::counting) emulation::note(emulation::kLoad, at, sizeof(T), site);
+  return *at;
 }
-inline void store_words(void* at, const Words& words) {
+template <class T>
+inline void store_element(T* at, T value, emulation::Site site = emulation::Site::current()) {
   emulation::maybe_take_turns();
-  emulation::require_aligned(at, 16);
-  std::memcpy(at, &words, 16);
+  if (emulation::counting) emulation::note(emulation::kStore, at, sizeof(T), site);
+  *at = value;
 }
-Words load_published(const void* at);
-void publish(void* at, uint32_t word);
+inline Words load_words(const void* at, emulation::Site site = emulation::Site::current()) {
+  emulation::require_aligned(at, 16);
+  return load_element(static_cast<const Words*>(at), site);
+}
+inline void store_words(void* at, const Words& words,
+                        emulation::Site site = emulation::Site::current()) {
+  emulation::require_aligned(at, 16);
+  store_element(static_cast<Words*>(at), words, site);
+}
+Words load_published(const void* at, emulation::Site site = emulation::Site::current());
+void publish(void* at, uint32_t word, emulation::Site site = emulation::Site::current());
+inline void prefetch(const void* at, emulation::Site site = emulation::Site::current()) {
+  if (emulation::counting) emulation::note(emulation::kPrefetch, at, 1, site);
+  volatile char there = *static_cast<const char*>(at);  // what is not mapped is a fault
+  (void)there;
+}
 
+// As the settings say: by so much more at each look.
+uint32_t milliseconds();
 [[noreturn]] void give_up();
 
 // --- launches

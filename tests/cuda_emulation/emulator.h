@@ -30,12 +30,13 @@ struct Settings {
   Device device = {4, 227 << 10, 9, 0, true};
   std::string dropped_file;  // of a barrier that does nothing, and its line
   uint32_t dropped_line = 0;
+  uint32_t milliseconds_a_look = 0;  // that the clock goes on by when a kernel looks at it
 };
 extern Settings settings;
 
 struct Counts {
   int64_t launches = 0, together = 0, threads = 0, switches = 0, barriers = 0, publications = 0,
-          polls = 0;
+          polls = 0, fills = 0;
 };
 extern Counts counts;
 

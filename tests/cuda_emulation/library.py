@@ -39,7 +39,9 @@ LINK_TORCH = f"-L{TORCH}/lib -Wl,-rpath,{TORCH}/lib -ltorch_cpu -lc10"
 
 OPERANDS = ("kBf16", "kF16", "kTf32", "kF32")
 POLICIES = ("random", "warp ahead", "block ahead", "last first", "first first")
-EMULATOR = [(HERE / name, "") for name in ("schedule.cpp", "warp.cpp", "control.cpp")]
+EMULATOR = [
+    (HERE / name, "") for name in ("schedule.cpp", "warp.cpp", "counting.cpp", "control.cpp")
+]
 
 
 def why_not() -> str | None:
@@ -111,6 +113,17 @@ def build(name: str, sources: list[tuple[Path, str]], link: str, folder: Path) -
     return target
 
 
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """torch's flag, which decides how float32 is multiplied."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 class Emulation:
     """A library on the emulator. `schedule`, `device` and `dropped` change how its launches run."""
 
@@ -162,9 +175,26 @@ class Emulation:
         """Whether blocks passed barriers since the schedule was set: the step path has none."""
         return self.counts()["barriers"] > 0
 
+    @contextmanager
+    def counted(self) -> Iterator[dict[str, int]]:
+        """What the latest persistent launch inside asked of the hardware, filled in at the end."""
+        names = (
+            "wavefronts least_wavefronts sectors_read sectors_written sectors_prefetched polled "
+            "mma barriers trips cold_trips"
+        ).split()
+        values = (ctypes.c_int64 * len(names))()
+        found: dict[str, int] = {}
+        self.library.emulation_count(1)
+        try:
+            yield found
+        finally:
+            self.library.emulation_count(0)
+        self.library.emulation_tally(values)
+        found.update(zip(names, values, strict=True))
+
     def counts(self) -> dict[str, int]:
         """What happened since the schedule was set."""
-        names = "launches together threads switches barriers publications polls".split()
+        names = "launches together threads switches barriers publications polls fills".split()
         values = (ctypes.c_int64 * len(names))()
         self.library.emulation_counts(values)
         return dict(zip(names, values, strict=True))

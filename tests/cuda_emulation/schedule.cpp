@@ -4,6 +4,7 @@
 #include <map>
 #include <mutex>
 
+#include "counting.h"
 #include "emulator.h"
 #include "faults.h"
 #include "fibre.h"
@@ -276,6 +277,7 @@ void together(Collective what, void* argument, Site site) {
   void* arguments[kLanesOfWarp];
   for (int i = 0; i < kLanesOfWarp; ++i) arguments[i] = fibres[size_t(warp.first + i)].argument;
   perform(what, arguments);
+  if (counting) count_collective(what);
   warp.arrived = 0;
   for (int i = 0; i < kLanesOfWarp; ++i)
     if (Fibre& other = fibres[size_t(warp.first + i)]; &other != current) make_ready(other);
@@ -309,11 +311,13 @@ const char* run(const Grid& shape, void (*thread)(const void*), const void* call
   if (settings.policy <= kBlockAhead) shuffle(order.begin(), order.size());
   const size_t at_once =
       grid.together ? order.size() : size_t(std::max(1, kMostThreadsAtOnce / grid.threads));
+  if (counting) start_count(grid.blocks, grid.threads, grid.shared_bytes);
   const Faults faults;
   for (size_t first = 0; first < order.size() && error.empty(); first += at_once) {
     const size_t end = std::min(order.size(), first + at_once);
     run_blocks({order.begin() + int64_t(first), order.begin() + int64_t(end)});
   }
+  if (counting) end_count();
   return error.empty() ? nullptr : error.c_str();
 }
 
@@ -342,6 +346,7 @@ void block_barrier(Site site) {
   if (++block.arrived < grid.threads) return wait(kAtBarrier);
   block.arrived = 0;
   ++counts.barriers;
+  if (counting) count_barrier();
   progress();
   for (int i = 0; i < grid.threads; ++i)
     if (Fibre& other = fibres[size_t(block.first + i)]; &other != current) make_ready(other);
@@ -352,29 +357,33 @@ void warp_barrier(Site site) {
   together(kWarpBarrier, nullptr, site);
 }
 
-Words load_published(const void* at) {
+Words load_published(const void* at, Site site) {
   maybe_take_turns();
   require_aligned(at, 16);
   Words words;
-  std::memcpy(&words, at, 16);
-  publications.overlay(at, words, int(current - fibres.data()));
-  bool missing = at == current->read_at && !std::memcmp(&words, &current->read, 16);
-  for (const uint32_t word : words.word) missing |= word == kNotYetPublished;
-  current->read_at = at;
-  current->read = words;
-  ++counts.polls;
-  if (missing) {  // what it will find out is that it has to ask again: let others go on
-    ++fruitless_polls;
+  for (;;) {
+    std::memcpy(&words, at, 16);
+    publications.overlay(at, words, int(current - fibres.data()));
+    bool missing = at == current->read_at && !std::memcmp(&words, &current->read, 16);
+    for (const uint32_t word : words.word) missing |= word == kNotYetPublished;
+    current->read_at = at;
+    current->read = words;
+    ++counts.polls;
+    if (!missing) break;
+    ++fruitless_polls;  // what it will find out is that it has to ask again: let others go on
     polling.push_back(int(current - fibres.data()));
     wait(kPolling);
+    if (!counting) break;  // else every trip that is counted finds what it was made for
   }
+  if (counting) note(kPoll, at, 16, site);
   return words;
 }
 
-void publish(void* at, uint32_t word) {
+void publish(void* at, uint32_t word, Site site) {
   maybe_take_turns();
   require_aligned(at, 4);
   ++counts.publications;
+  if (counting) note(kPublish, at, 4, site);
   const int fibre = int(current - fibres.data());
   if (const char* wrong = publications.add(static_cast<uint32_t*>(at), word, fibre)) fail(wrong);
 }
@@ -382,16 +391,6 @@ void publish(void* at, uint32_t word) {
 void give_up() {
   stop(who(*current) + " gave up");
   std::abort();
-}
-
-const char* fill(void* at, int value, size_t bytes, Stream) {
-  std::memset(at, value, bytes);
-  return nullptr;
-}
-
-const char* properties(Device& device) {
-  device = settings.device;
-  return nullptr;
 }
 
 }  // namespace fused_lstm::cuda
