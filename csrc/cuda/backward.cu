@@ -17,7 +17,7 @@
 // Shared memory: [weights that registers don't hold, as far as there is room][partial
 // sums][dc][alone: dgates, two copies of each tile (tiles, 2, tile_rows, state_stride); kF32 teams:
 // a stage of each warp].
-#include "activations.cuh"
+#include "cell.cuh"
 #include "product.cuh"
 
 namespace fused_lstm::cuda {
@@ -37,6 +37,61 @@ template <class T>
 struct Saved {
   T gate[4], c, c_before, grad_output;  // c_before: of the direction's own step before
 };
+
+// The sum and those of the warps for the same cell, `copy` floats apart.
+FUSED_LSTM_DEVICE float gather(float sum, const float* partials, int copy, int warps) {
+  for (int k = 0; k < warps; ++k) sum += load_element(partials + k * copy);
+  return sum;
+}
+
+// The four gradients' words of one unit, as they are multiplied: to the blocks of a team. `to` is
+// this unit's of gate 0; within: its row has this step, and the unit a place there.
+template <class T>
+FUSED_LSTM_DEVICE void publish_gradient(T* to, int unit, int padded, const uint32_t (&word)[4],
+                                        bool within) {
+  if constexpr (sizeof(T) == 2) {
+    // Neighbours in unit share words: the even one publishes two gates of both, the odd one two.
+    const bool odd = unit % 2;
+    const uint32_t first = word[0] | word[1] << 16, second = word[2] | word[3] << 16;
+    const uint32_t theirs = shuffle_xor(odd ? first : second, 1);
+    const uint32_t low = odd ? theirs : first, high = odd ? second : theirs;
+    if (!within) return;
+    T* const pair = to - odd + (odd ? 2 * padded : 0);
+    publish(pair, (low & 0xffff) | high << 16);
+    publish(pair + padded, low >> 16 | (high & 0xffff0000u));
+  } else {
+    if (!within) return;
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) publish(to + gate * padded, word[gate]);
+  }
+}
+
+// The row of grad_output (T, B, H) that belongs to row b of the walk's step s.
+FUSED_LSTM_DEVICE int64_t grad_output_row(const BackwardDirection& from, const Extent& extent,
+                                          int s, const Rows& step, int b) {
+  if (extent.steps) return (int64_t(step.first) + b) * from.grad_output_stride_b;
+  const int t = from.reverse ? s : extent.T - 1 - s;
+  return t * from.grad_output_stride_t + b * from.grad_output_stride_b;
+}
+
+// Into L2, some steps ahead, what this block's cells will take from memory, and of a team the words
+// that it will publish: see forward.cu. c is wanted a step earlier, as c_before.
+template <class T, bool kAlone, int kRows>
+FUSED_LSTM_DEVICE void prefetch_step(const BackwardDirection& given, const Extent& extent,
+                                     const Walk& walk, int unit, int units, int padded) {
+  const int H = extent.H;
+  const Rows then = walk.later(kStepsPrefetched);
+  const Strip strip(then, walk.row_0, kRows, unit, units, H);
+  strip.prefetch(static_cast<const T*>(given.gates), 4 * H, 4, H);
+  if (!kAlone) strip.prefetch(static_cast<const T*>(given.dgates), 4 * padded, 4, padded);
+  if (given.grad_output && strip.any) {
+    const int64_t at =
+        grad_output_row(given, extent, walk.s + kStepsPrefetched, then, strip.row - then.first);
+    strip.prefetch_row(static_cast<const T*>(given.grad_output) + at, 1, 0);
+  }
+  const Strip before(walk.later(kStepsPrefetched + 1), walk.row_0, kRows, unit, units, H);
+  before.prefetch(static_cast<const T*>(given.cells), H, 1, 0);
+}
 
 template <Operands kOperands, bool kAlone, int NT>
 FUSED_LSTM_KERNEL(kAlone ? 512 : 256)
@@ -89,7 +144,7 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
   }
 
   Walk walk(extent, tiling, place.group * kRows, tiling.groups * kRows, !given.reverse);
-  Saved<T> saved[kCells];
+  Saved<T> saved[kCells] = {};
   const auto load_ahead = [&](const BackwardDirection& from) {
     if (!real) return;
     const Rows after = walk.after();
@@ -106,10 +161,7 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
       saved[i].c_before = b < after.count ? load_element(all_c + (int64_t(after.first) + b) * H)
                                           : static_cast<const T*>(from.c_0)[int64_t(b) * H + unit];
       if (!from.grad_output) continue;
-      const int t = from.reverse ? walk.s : extent.T - 1 - walk.s;
-      const int64_t at = extent.steps
-                             ? r * from.grad_output_stride_b
-                             : t * from.grad_output_stride_t + b * from.grad_output_stride_b;
+      const int64_t at = grad_output_row(from, extent, walk.s, walk.now, b);
       saved[i].grad_output = load_element(static_cast<const T*>(from.grad_output) + at + unit);
     }
   };
@@ -154,71 +206,64 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
     });
     block_barrier();
 
+    if (mine) {  // the same for all lanes of a warp
+      // All cells first, without a branch: their latencies overlap.
+      CellGradient<float> found[kCells];
 #pragma unroll
-    for (int i = 0; i < kCells; ++i) {
-      if (!mine) break;  // the same for all lanes of a warp
-      const int n = row + 4 * i, b = walk.row_0 + n;
-      const bool in_step = b < walk.now.count, active = in_step && real;
-      float gradient[4] = {0, 0, 0, 0};
-      float dc_before = 0;
-      float* const dc = cell + (walk.tile * kCells + i) * owners + thread;
-      if (active) {
-        float dh = given.grad_output ? S::load(saved[i].grad_output) : 0;
-        for (int k = 0; k < warps_k; ++k)
-          dh += load_element(partials + k * cells + partial_sum_of<NT>(block_unit, n));
-        if (b >= walk.before.count && given.grad_h_n)
+      for (int i = 0; i < kCells; ++i) {
+        const int n = row + 4 * i, b = walk.row_0 + n;
+        const bool active = real && b < walk.now.count;
+        float dh = gather(given.grad_output ? S::load(saved[i].grad_output) : 0,
+                          partials + partial_sum_of<NT>(block_unit, n), cells, warps_k);
+        if (active && b >= walk.before.count && given.grad_h_n)
           dh += S::load(static_cast<const T*>(given.grad_h_n)[int64_t(b) * H + unit]);
-        const float in = S::load(saved[i].gate[0]), forget = S::load(saved[i].gate[1]);
-        const float candidate = S::load(saved[i].gate[2]), out = S::load(saved[i].gate[3]);
-        const float tanh_c = tanh<kFast>(S::load(saved[i].c));
-        const float dc_t = load_element(dc) + dh * out * (1 - tanh_c * tanh_c);
-        gradient[0] = dc_t * candidate * in * (1 - in);
-        gradient[1] = dc_t * S::load(saved[i].c_before) * forget * (1 - forget);
-        gradient[2] = dc_t * in * (1 - candidate * candidate);
-        gradient[3] = dh * tanh_c * out * (1 - out);
-        dc_before = dc_t * forget;
+        float gate[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) gate[k] = S::load(saved[i].gate[k]);
+        const float dc = load_element(cell + (walk.tile * kCells + i) * owners + thread);
+        found[i] =
+            cell_gradient<kFast>(gate, S::load(saved[i].c), S::load(saved[i].c_before), dh, dc);
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          if (!active) found[i].gate[k] = 0;
       }
-
       // First what others wait for.
-      Operand* const to =
-          static_cast<Operand*>(given.dgates) + (int64_t(walk.now.first) + b) * 4 * padded + unit;
-      uint32_t word[4];
 #pragma unroll
-      for (int gate = 0; gate < 4; ++gate) word[gate] = operand<kOperands>(gradient[gate]);
-      if constexpr (kAlone) {
-        Operand* const next =
-            reinterpret_cast<Operand*>(states + (2 * walk.tile + (~walk.s & 1)) * states_copy +
-                                       n * tiling.state_stride) +
-            unit;
-        if (in_step && unit < padded) {
+      for (int i = 0; i < kCells; ++i) {
+        const int n = row + 4 * i, b = walk.row_0 + n;
+        const bool in_step = b < walk.now.count;
+        Operand* const to =
+            static_cast<Operand*>(given.dgates) + (int64_t(walk.now.first) + b) * 4 * padded + unit;
+        uint32_t word[4];
 #pragma unroll
-          for (int gate = 0; gate < 4; ++gate) {
-            store_element(next + gate * padded, Operand(word[gate]));
-            store_element(to + gate * padded,
-                          kFast ? Operand(word[gate]) : Operand(float_bits(gradient[gate])));
+        for (int k = 0; k < 4; ++k) word[k] = operand<kOperands>(found[i].gate[k]);
+        if constexpr (kAlone) {
+          Operand* const next =
+              reinterpret_cast<Operand*>(states + (2 * walk.tile + (~walk.s & 1)) * states_copy +
+                                         n * tiling.state_stride) +
+              unit;
+          if (in_step && unit < padded) {
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+              store_element(next + k * padded, Operand(word[k]));
+              store_element(to + k * padded,
+                            kFast ? Operand(word[k]) : Operand(float_bits(found[i].gate[k])));
+            }
           }
+        } else {
+          publish_gradient(to, unit, padded, word, in_step && unit < padded);
         }
-      } else if constexpr (sizeof(T) == 2) {
-        // Neighbours in unit share words: the even one publishes two gates of both, the odd one
-        // two.
-        const bool odd = unit % 2;
-        const uint32_t first = word[0] | word[1] << 16, second = word[2] | word[3] << 16;
-        const uint32_t theirs = shuffle_xor(odd ? first : second, 1);
-        const uint32_t low = odd ? theirs : first, high = odd ? second : theirs;
-        if (in_step && unit < padded) {
-          Operand* const pair = to - odd + (odd ? 2 * padded : 0);
-          publish(pair, (low & 0xffff) | high << 16);
-          publish(pair + padded, low >> 16 | (high & 0xffff0000u));
-        }
-      } else if (active) {
-#pragma unroll
-        for (int gate = 0; gate < 4; ++gate) publish(to + gate * padded, word[gate]);
       }
-      if (!active) continue;
-      store_element(dc, dc_before);
-      if (b >= walk.after().count)  // the row's last step, its first in the direction's order
-        static_cast<T*>(given.grad_c_0)[int64_t(b) * H + unit] = S::store(dc_before);
+#pragma unroll
+      for (int i = 0; i < kCells; ++i) {
+        const int b = walk.row_0 + row + 4 * i;
+        if (!real || b >= walk.now.count) continue;
+        store_element(cell + (walk.tile * kCells + i) * owners + thread, found[i].dc_before);
+        if (b >= walk.after().count)  // the row's last step, its first in the direction's order
+          static_cast<T*>(given.grad_c_0)[int64_t(b) * H + unit] = S::store(found[i].dc_before);
+      }
     }
+    prefetch_step<T, kAlone, kRows>(given, extent, walk, place.slice * units, units, padded);
     more = walk.next();
     if (more) load_ahead(given);
     if (kAlone) block_barrier();  // dgates are written, and the partial sums read

@@ -17,7 +17,7 @@
 // Shared memory: [weights that registers don't hold, as far as there is room][partial
 // sums][c][alone: h, two copies of each tile (tiles, 2, tile_rows, state_stride); kF32 teams: a
 // stage of each warp].
-#include "activations.cuh"
+#include "cell.cuh"
 #include "product.cuh"
 
 namespace fused_lstm::cuda {
@@ -50,6 +50,57 @@ struct Cells {
         real(mine && unit < H) {}
 };
 
+// The sums for one cell's gates: what it is given, and the warps' partial sums, `copy` Words apart.
+template <int kWarps>
+FUSED_LSTM_DEVICE void gather(float (&sum)[4], const Words* partials, int copy) {
+#pragma unroll
+  for (int k = 0; k < kWarps; ++k) {
+    const Words partial = load_words(partials + k * copy);
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) sum[gate] += bits_float(partial.word[gate]);
+  }
+}
+
+// To the blocks of a team: h as it is multiplied, `word`, of one unit; `within` its row of states.
+template <class T>
+FUSED_LSTM_DEVICE void publish_state(char* row, int unit, uint32_t word, bool within) {
+  if constexpr (sizeof(T) == 2) {
+    const uint32_t pair = word | shuffle_xor(word, 1) << 16;  // the next unit's beside it
+    if (within && unit % 2 == 0) publish(row + unit * int(sizeof(T)), pair);
+  } else {
+    if (within) publish(row + unit * int(sizeof(T)), word);
+  }
+}
+
+// Into L2, some steps ahead: x W_ih^T of this block's units, which a long sequence has long pushed
+// out to memory, and the words that the block will publish, for the fill has been pushed out too
+// and who polls a word would wait for memory.
+template <class T, bool kAlone, int kRows>
+FUSED_LSTM_DEVICE void prefetch_step(const ForwardParams& params, const ForwardTask& task,
+                                     const Walk& walk, int unit, int units) {
+  const Rows then = walk.later(kStepsPrefetched);
+  const int H = params.extent.H;
+  const Strip strip(then, walk.row_0, kRows, unit, units, H);
+  strip.prefetch(static_cast<const T*>(task.given.gates), 4 * H, 4, H);
+  if (kAlone) return;
+  const int64_t row_0 = params.extent.B;
+  strip.prefetch(reinterpret_cast<const T*>(task.states + row_0 * params.states_stride),
+                 params.states_stride / int(sizeof(T)), 1, 0);
+}
+
+// What the step gives away of row r: the output, and for the backward gates and cells.
+template <class S>
+FUSED_LSTM_DEVICE void save(const ForwardDirection& to, bool gates_too, int64_t r, int H, int unit,
+                            const Cell<float>& cell) {
+  using T = typename S::Type;
+  store_element(static_cast<T*>(to.output) + r * to.output_stride + unit, S::store(cell.h));
+  if (!gates_too) return;
+  T* const gates = static_cast<T*>(to.gates) + r * 4 * H + unit;
+#pragma unroll
+  for (int gate = 0; gate < 4; ++gate) store_element(gates + gate * H, S::store(cell.gate[gate]));
+  store_element(static_cast<T*>(to.cells) + r * H + unit, S::store(cell.c));
+}
+
 template <Operands kOperands, bool kAlone, int NT>
 FUSED_LSTM_KERNEL(kAlone ? 512 : 256)
 forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
@@ -63,6 +114,7 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
   const Tiling& tiling = params.tiling;
   const Extent& extent = params.extent;
   const Place place(tiling);
+  const int slice = kAlone ? 0 : place.slice;
   const ForwardDirection& given = params.direction[place.direction].given;
   const int H = extent.H, thread = thread_index(), lane = thread % kLanes;
   const int warp = thread / kLanes;  // alone, of the units; in a team, of the columns
@@ -77,9 +129,9 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
   Weights<MT, kRegisterChunks<kForward, kAlone, kOperands>> weights;
   weights.load(params.direction[place.direction].weights, tiling, shared);
 
-  const Cells<kAlone, NT> own(thread, place.slice, units, H);
+  const Cells<kAlone, NT> own(thread, slice, units, H);
   for (int k = thread; k < units; k += thread_count()) {
-    const int at = place.slice * units + k;
+    const int at = slice * units + k;
     Words bias{};
     if (given.bias_ih && at < H) {
 #pragma unroll
@@ -161,11 +213,10 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
     const int copy = units * kRows;  // Words
     Words* const partials = reinterpret_cast<Words*>(shared + tiling.partials) +
                             (kAlone ? 0 : turn * kWarpsInTeam * copy);
-    sums.each([&](int mt, int m, int n, float sum) {
-      const int at = partial_sum_of<NT>((kAlone ? warp : 0) + mt / 2, m % 8, n);
-      store_element(
-          reinterpret_cast<float*>(partials + (kAlone ? 0 : warp * copy) + at) + mt % 2 * 2 + m / 8,
-          sum);
+    sums.each_unit([&](int mu, int u, int n, const Words& gates) {
+      store_words(partials + (kAlone ? 0 : warp * copy) +
+                      partial_sum_of<NT>((kAlone ? warp : 0) + mu, u, n),
+                  gates);
     });
     if (kAlone)
       warp_barrier();
@@ -173,67 +224,55 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
       block_barrier();
 
     // The same again: they would take registers that the product needs.
-    const Cells<kAlone, NT> own(opaque(thread), place.slice, units, H);
-#pragma unroll
-    for (int i = 0; i < kCells; ++i) {
-      if (!own.mine) break;
-      const int n = own.row + 4 * i, b = walk.row_0 + n;
-      const bool active = own.real && b < walk.now.count;
+    const Cells<kAlone, NT> own(opaque(thread), slice, units, H);
+    if (own.mine) {
+      // All cells first, without a branch: their latencies overlap.
+      Cell<float> found[kCells];
       const Words bias = load_words(biases + 8 * own.mu + own.u);
-      float sum[4];
 #pragma unroll
-      for (int gate = 0; gate < 4; ++gate)
-        sum[gate] = bits_float(bias.word[gate]) + (active ? S::load(x[i][gate]) : 0);
+      for (int i = 0; i < kCells; ++i) {
+        const bool active = own.real && walk.row_0 + own.row + 4 * i < walk.now.count;
+        float sum[4];
 #pragma unroll
-      for (int k = 0; k < (kAlone ? 1 : kWarpsInTeam); ++k) {
-        const Words partial =
-            load_words(partials + k * copy + partial_sum_of<NT>(own.mu, own.u, n));
-#pragma unroll
-        for (int gate = 0; gate < 4; ++gate) sum[gate] += bits_float(partial.word[gate]);
+        for (int gate = 0; gate < 4; ++gate)
+          sum[gate] = bits_float(bias.word[gate]) + (active ? S::load(x[i][gate]) : 0);
+        gather<(kAlone ? 1 : kWarpsInTeam)>(
+            sum, partials + partial_sum_of<NT>(own.mu, own.u, own.row + 4 * i), copy);
+        const float c = load_element(cell + (walk.tile * kCells + i) * cells + thread);
+        found[i] = update_cell<kFast>(sum, c);
+        if (!own.real) found[i].h = 0;
       }
-      float* const c = cell + (walk.tile * kCells + i) * cells + thread;
-      const float in = sigmoid<kFast>(sum[0]), forget = sigmoid<kFast>(sum[1]);
-      const float candidate = tanh<kFast>(sum[2]), out = sigmoid<kFast>(sum[3]);
-      const float c_t = forget * load_element(c) + in * candidate;
-      const float h = own.real ? out * tanh<kFast>(c_t) : 0;
-
       // First what others wait for.
-      const uint32_t word = operand<kOperands>(h);
-      if constexpr (kAlone) {
-        char* next = states + (2 * walk.tile + (~walk.s & 1)) * states_copy;
-        if (active)
-          store_element(reinterpret_cast<Operand*>(next + n * tiling.state_stride) + own.unit,
-                        Operand(word));
-      } else {
-        char* at = task.states + (extent.B + int64_t(walk.now.first) + b) * params.states_stride +
-                   own.unit * int(sizeof(T));
-        // Columns beyond H, up to the row's end, are read too.
-        const bool within = b < walk.now.count && own.unit * int(sizeof(T)) < params.states_stride;
-        if constexpr (sizeof(T) == 2) {
-          const uint32_t pair = word | shuffle_xor(word, 1) << 16;  // the next unit's beside it
-          if (within && own.unit % 2 == 0) publish(at, pair);
+#pragma unroll
+      for (int i = 0; i < kCells; ++i) {
+        const int n = own.row + 4 * i, b = walk.row_0 + n;
+        const uint32_t word = operand<kOperands>(found[i].h);
+        if constexpr (kAlone) {
+          char* next = states + (2 * walk.tile + (~walk.s & 1)) * states_copy;
+          if (own.real && b < walk.now.count)
+            store_element(reinterpret_cast<Operand*>(next + n * tiling.state_stride) + own.unit,
+                          Operand(word));
         } else {
-          if (within) publish(at, word);
+          char* const row =
+              task.states + (extent.B + int64_t(walk.now.first) + b) * params.states_stride;
+          // Columns beyond H, up to the row's end, are read too.
+          publish_state<T>(row, own.unit, word,
+                           b < walk.now.count && own.unit * int(sizeof(T)) < params.states_stride);
         }
       }
-      if (!active) continue;
-      store_element(c, c_t);
-      const int64_t r = int64_t(walk.now.first) + b;
-      store_element(static_cast<T*>(given.output) + r * given.output_stride + own.unit,
-                    S::store(h));
-      if (params.save) {
-        T* gates = static_cast<T*>(given.gates) + r * 4 * H + own.unit;
-        store_element(gates + 0, S::store(in));
-        store_element(gates + H, S::store(forget));
-        store_element(gates + 2 * H, S::store(candidate));
-        store_element(gates + 3 * H, S::store(out));
-        store_element(static_cast<T*>(given.cells) + r * H + own.unit, S::store(c_t));
-      }
-      if (b >= walk.after().count) {  // the row's last step
-        static_cast<T*>(given.h_n)[int64_t(b) * H + own.unit] = S::store(h);
-        static_cast<T*>(given.c_n)[int64_t(b) * H + own.unit] = S::store(c_t);
+#pragma unroll
+      for (int i = 0; i < kCells; ++i) {
+        const int b = walk.row_0 + own.row + 4 * i;
+        if (!own.real || b >= walk.now.count) continue;
+        store_element(cell + (walk.tile * kCells + i) * cells + thread, found[i].c);
+        save<S>(given, params.save, int64_t(walk.now.first) + b, H, own.unit, found[i]);
+        if (b >= walk.after().count) {  // the row's last step
+          static_cast<T*>(given.h_n)[int64_t(b) * H + own.unit] = S::store(found[i].h);
+          static_cast<T*>(given.c_n)[int64_t(b) * H + own.unit] = S::store(found[i].c);
+        }
       }
     }
+    prefetch_step<T, kAlone, kRows>(params, task, walk, slice * units, units);
     more = walk.next();
     if (more) load_ahead(given, own);
     if (kAlone) block_barrier();  // h is written

@@ -95,6 +95,44 @@ struct Place {
   }
 };
 
+// How far ahead of their use the loads of a step are asked of memory: some 4 us.
+constexpr int kStepsPrefetched = 4;
+
+// A block's units of the rows of one tile, for prefetching: which sectors, is shared out over the
+// block's threads, the last ones first, for they have no cells and wait.
+struct Strip {
+  static constexpr int kSectorBytes = 32;
+  int64_t row;  // that this thread takes
+  bool any;
+  int first, rows, unit, units;  // this thread's first sector of each row, of how many
+
+  FUSED_LSTM_DEVICE Strip(const Rows& step, int row_0, int rows_of_tile, int first_unit,
+                          int of_block, int H) {
+    const int worker = thread_count() - 1 - thread_index(), b = row_0 + worker % rows_of_tile;
+    row = int64_t(step.first) + b;
+    any = b < step.count;
+    first = worker / rows_of_tile;
+    rows = thread_count() / rows_of_tile;
+    unit = first_unit;
+    units = H - first_unit < of_block ? H - first_unit : of_block;
+  }
+
+  // Of a tensor whose rows are `stride` elements apart, from each of its parts, `part_stride`
+  // apart.
+  template <class T>
+  FUSED_LSTM_DEVICE void prefetch(const T* tensor, int64_t stride, int parts,
+                                  int part_stride) const {
+    if (any) prefetch_row(tensor + row * stride, parts, part_stride);
+  }
+  template <class T>
+  FUSED_LSTM_DEVICE void prefetch_row(const T* of_row, int parts, int part_stride) const {
+    const int sectors = (units * int(sizeof(T)) + kSectorBytes - 1) / kSectorBytes;
+    const char* const at = reinterpret_cast<const char*>(of_row + unit);
+    for (int k = first; k < parts * sectors; k += rows)
+      cuda::prefetch(at + k % parts * part_stride * int(sizeof(T)) + k / parts * kSectorBytes);
+  }
+};
+
 // The steps in the order they are run in, and in each the batch tiles of one team: one tile at
 // first_row, the others each `stride` rows further. With the teams in turn between them, each team
 // has long and short sequences alike.
@@ -129,7 +167,10 @@ struct Walk {
     return true;
   }
 
-  FUSED_LSTM_DEVICE Rows after() const { return s + 1 < extent_.T ? rows(s + 1) : Rows{0, 0}; }
+  FUSED_LSTM_DEVICE Rows after() const { return later(1); }
+  FUSED_LSTM_DEVICE Rows later(int steps) const {
+    return s + steps < extent_.T ? rows(s + steps) : Rows{0, 0};
+  }
 
  private:
   FUSED_LSTM_DEVICE Rows rows(int step) const {

@@ -37,10 +37,12 @@ inline int weight_chunks(Operands operands, int columns) {
 }
 
 // Chunks of weights that a warp keeps in registers: as many as leave room for the rest of what a
-// thread needs among its 255 (alone 128) registers. nvcc's report decides: nothing may spill.
+// thread needs among its 255 (alone 128) registers: what is in flight of the states too, which
+// backward is a team's whole share up to H 1024 in 16 bits (product.cuh). nvcc's report decides:
+// nothing may spill.
 constexpr int register_chunks(Pass pass, bool alone, Operands operands) {
   if (pass == kForward) return operands != kF32 ? 4 : alone ? 1 : 3;
-  if (operands != kF32) return alone ? 7 : 16;
+  if (operands != kF32) return alone ? 7 : 12;
   return alone ? 1 : 12;
 }
 template <Pass kPass, bool kAlone, Operands kOperands>

@@ -17,6 +17,23 @@ namespace fused_lstm::cuda {
 
 constexpr int kLanes = 32;
 
+// Bounds a wait for another block. By the clock, not by tries: a neighbour's kernel may hold
+// multiprocessors for seconds, and then nothing is wrong. No correct launch comes near the bound.
+class Patience {
+ public:
+  FUSED_LSTM_DEVICE void lose() {
+    constexpr int kTriesALook = 1 << 10;  // the clock takes longer to read than a register
+    constexpr uint32_t kMilliseconds = 60'000;
+    if (++tries_ % kTriesALook) return;
+    const uint32_t now = milliseconds();
+    if (tries_ == kTriesALook) since_ = now;
+    if (now - since_ > kMilliseconds) give_up();
+  }
+
+ private:
+  uint32_t tries_ = 0, since_ = 0;
+};
+
 // Which row of 16 and which word of the chunk lane `lane` holds in word r of part m.
 template <Operands kOperands>
 FUSED_LSTM_DEVICE void weight_position(int lane, int m, int r, int& row, int& word) {
@@ -32,9 +49,11 @@ FUSED_LSTM_DEVICE void weight_position(int lane, int m, int r, int& row, int& wo
 // --- sums
 // -----------------------------------------------------------------------------------------
 
-// (16 MT, 8 NT) sums in the lanes of a warp. value(mt, n, row, put) hands each lane's own out.
-// kChains sums for each tile, which chunks add to in turn: an mma takes about 25 cycles, and one
-// can start every few.
+// (16 MT, 8 NT) sums in the lanes of a warp. each(put) hands each lane's own out one by one;
+// each_unit(put), where tiles of 16 rows are gates i and f, then g and o, of 8 units (forward), the
+// four of one cell at a time: 16 bytes for one store. Scalar stores of them met in 8 of the 32
+// banks and took four times as long. kChains sums for each tile, which chunks add to in turn: an
+// mma takes about 25 cycles, and one can start every few.
 template <Operands kOperands, int MT, int NT, int kChains>
 class Sums {  // on the tensor cores
  public:
@@ -77,15 +96,36 @@ class Sums {  // on the tensor cores
 #pragma unroll
       for (int nt = 0; nt < NT; ++nt)
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          float sum = sum_[mt][nt][0][r];
+        for (int r = 0; r < 4; ++r)
+          put(mt, g + 8 * (r / 2), 8 * nt + 2 * q + r % 2, sum(mt, nt, r));
+  }
+
+  // Calls put(mu, u, n, gates) for each cell whose sums this lane holds: of unit 8 mu + u, row n.
+  template <class Put>
+  FUSED_LSTM_DEVICE void each_unit(Put put) const {
+    const int lane = thread_index() % kLanes, g = lane / 4, q = lane % 4;
 #pragma unroll
-          for (int chain = 1; chain < kChains; ++chain) sum += sum_[mt][nt][chain][r];
-          put(mt, g + 8 * (r / 2), 8 * nt + 2 * q + r % 2, sum);
+    for (int mu = 0; mu < MT / 2; ++mu)
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          Words gates;
+#pragma unroll
+          for (int gate = 0; gate < 4; ++gate)
+            gates.word[gate] = float_bits(sum(2 * mu + gate / 2, nt, gate % 2 * 2 + r));
+          put(mu, g, 8 * nt + 2 * q + r, gates);
         }
   }
 
  private:
+  FUSED_LSTM_DEVICE float sum(int mt, int nt, int r) const {
+    float all = sum_[mt][nt][0][r];
+#pragma unroll
+    for (int chain = 1; chain < kChains; ++chain) all += sum_[mt][nt][chain][r];
+    return all;
+  }
+
   float sum_[MT][NT][kChains][4];
 };
 
@@ -124,20 +164,48 @@ class Sums<kF32, MT, NT,
   template <class Put>
   FUSED_LSTM_DEVICE void each(Put put) const {
     const int lane = thread_index() % kLanes;
-    const bool upper = lane >= 16;
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
       for (int nt = 0; nt < NT; ++nt)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float low = sum_[mt][8 * nt + i], high = sum_[mt][8 * nt + 4 + i];
-          const float other = shuffle_xor(upper ? low : high, 16);
-          put(mt, lane % 16, 8 * nt + i + (upper ? 4 : 0), (upper ? high : low) + other);
+        for (int i = 0; i < 4; ++i)
+          put(mt, lane % 16, 8 * nt + i + (lane >= 16 ? 4 : 0), sum(mt, nt, i));
+  }
+
+  // A lane has one gate of each tile: of two rows n, it gives its neighbour's for what it lacks of
+  // its own.
+  template <class Put>
+  FUSED_LSTM_DEVICE void each_unit(Put put) const {
+    const int lane = thread_index() % kLanes;
+    const bool first = lane % 16 < 8;  // has gates i and g, the other f and o
+#pragma unroll
+    for (int mu = 0; mu < MT / 2; ++mu)
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+          Words gates;
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const float even = sum(2 * mu + half, nt, i), odd = sum(2 * mu + half, nt, i + 1);
+            const float other = shuffle_xor(first ? odd : even, 8);
+            gates.word[2 * half] = float_bits(first ? even : other);
+            gates.word[2 * half + 1] = float_bits(first ? other : odd);
+          }
+          put(mu, lane % 8, 8 * nt + i + (first ? 0 : 1) + (lane >= 16 ? 4 : 0), gates);
         }
   }
 
  private:
+  // Of row 8 nt + i in the lower half of the warp, of the fourth from there in the upper.
+  FUSED_LSTM_DEVICE float sum(int mt, int nt, int i) const {
+    const bool upper = thread_index() % kLanes >= 16;
+    const float low = sum_[mt][8 * nt + i], high = sum_[mt][8 * nt + 4 + i];
+    const float other = shuffle_xor(upper ? low : high, 16);
+    return (upper ? high : low) + other;
+  }
+
   float sum_[MT][8 * NT];
 };
 
@@ -239,9 +307,7 @@ struct PublishedStates {
   // again all at once: one by one, each would cost a trip to L2 of its own.
   template <int kAhead>
   FUSED_LSTM_DEVICE void wait(int first, Words (&state)[kAhead][NT]) const {
-    // About a second: each try is a trip to L2. No correct launch comes near it.
-    constexpr int kTries = 1 << 21;
-    for (int tries = 0;; ++tries) {
+    for (Patience patience;; patience.lose()) {
       bool missing = false;
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
@@ -252,7 +318,6 @@ struct PublishedStates {
         missing |= !there;
       }
       if (!warp_any(missing)) return;
-      if (tries == kTries) give_up();
     }
   }
 
@@ -272,16 +337,33 @@ struct PublishedStates {
 // --- the product
 // ----------------------------------------------------------------------------------
 
+// Chunks of published states that a warp has in flight: what sets out together takes one trip to L2
+// together. As many as nvcc's report allows, for nothing may spill: backward, where a warp has
+// 4 H / 8 columns, all of them up to H 1024 in 16 bits.
+template <Operands kOperands, int MT, int NT>
+constexpr int chunks_ahead() {
+  if (kOperands == kF32) return MT == 1 ? 4 : 3;
+  if (MT == 1) return NT == 1 ? 16 : 6;
+  return kOperands == kTf32 ? 8 / NT : 4;
+}
+template <Operands kOperands, int MT, int NT>
+constexpr int kChunksAhead = chunks_ahead<kOperands, MT, NT>();
+
 template <Operands kOperands, int MT, int NT, int kChains, int RT, class States>
 FUSED_LSTM_DEVICE void multiply(Sums<kOperands, MT, NT, kChains>& sums,
                                 const Weights<MT, RT>& weights, const Words* packed,
                                 const Tiling& tiling, const States& states) {
   using W = Weights<MT, RT>;
-  // Loads of states in flight: a trip to L2 takes as long as several products.
-  constexpr int kMost = kOperands == kF32 ? 4 : 8 / NT;
-  constexpr int kAhead = !States::kPublished ? 1 : RT < kMost ? RT : kMost;
-  static_assert(RT % kAhead == 0);
+  constexpr int kAhead = States::kPublished ? kChunksAhead<kOperands, MT, NT> : 1;
   Words state[kAhead][NT] = {};
+  // The chunks from `first` on. Those of a group set out together, after the last product of the
+  // group before: all loads share a scoreboard, and a product that came after one of them would
+  // wait for its trip to L2.
+  const auto fetch = [&](int first) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i)
+      if (first + i < weights.chunks) states.fetch(first + i, state[i]);
+  };
   const auto add = [&](int slot, int j, const auto& weight) {
     if constexpr (kOperands == kF32) {
       int stride;
@@ -290,34 +372,39 @@ FUSED_LSTM_DEVICE void multiply(Sums<kOperands, MT, NT, kChains>& sums,
     } else {
       sums.add(slot, weight, state[slot]);
     }
-    if (j + kAhead < weights.chunks) states.fetch(j + kAhead, state[slot]);
   };
-#pragma unroll
-  for (int i = 0; i < kAhead; ++i)
-    if (i < weights.chunks) states.fetch(i, state[i]);
+  // Of a chunk that registers do not hold.
+  const auto add_far = [&](int slot, int j) {
+    // Read anew for tiles of 8 rows only: with 16 there are no registers for it (plan.cpp).
+    if (!States::kPublished || NT > 1 || j < RT + tiling.shared_chunks) {
+      const char* const chunk = shared_memory() + W::shared_here(tiling) + (j - RT) * W::kChunk;
+      add(slot, j, [&](int mt, int m) { return W::load(chunk, mt, m); });
+    } else {
+      const char* const chunk = W::packed_here(packed, tiling) + j * W::kChunk;
+      add(slot, j, [&](int mt, int m) { return W::load(chunk, mt, m); });
+    }
+  };
+  fetch(0);
 #pragma unroll
   for (int first = 0; first < RT; first += kAhead) {
     if (first < weights.chunks) states.wait(first, state);
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i)
-      if (first + i < weights.chunks)
-        add(i, first + i, [&](int mt, int m) { return weights.kept[first + i][mt][m]; });
-  }
-  for (int first = RT; first < weights.chunks; first += kAhead) {
-    states.wait(first, state);
-#pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const int j = first + i;
       if (j >= weights.chunks) continue;
-      // Read anew for tiles of 8 rows only: with 16 there are no registers for it (plan.cpp).
-      if (!States::kPublished || NT > 1 || j < RT + tiling.shared_chunks) {
-        const char* const chunk = shared_memory() + W::shared_here(tiling) + (j - RT) * W::kChunk;
-        add(i, j, [&](int mt, int m) { return W::load(chunk, mt, m); });
-      } else {
-        const char* const chunk = W::packed_here(packed, tiling) + j * W::kChunk;
-        add(i, j, [&](int mt, int m) { return W::load(chunk, mt, m); });
-      }
+      if (j < RT)
+        add(i, j, [&](int mt, int m) { return weights.kept[j < RT ? j : 0][mt][m]; });
+      else
+        add_far(i, j);
     }
+    fetch(first + kAhead);
+  }
+  for (int first = (RT + kAhead - 1) / kAhead * kAhead; first < weights.chunks; first += kAhead) {
+    states.wait(first, state);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i)
+      if (first + i < weights.chunks) add_far(i, first + i);
+    fetch(first + kAhead);
   }
 }
 

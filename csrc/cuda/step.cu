@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "activations.cuh"
+#include "cell.cuh"
 #include "kernels.h"
 #include "launch.cuh"
 #include "storage.cuh"
@@ -77,20 +77,18 @@ forward_step_kernel(FUSED_LSTM_PARAMS(ForwardStep) step) {
   Wide* const c_state = static_cast<Wide*>(step.c);
   for (Walker w(step.rows, H); w.more(); w.next()) {
     const int64_t row = w.row(), unit = w.at - row * H;
-    Wide gate[4];
+    Wide sum[4];
     for (int k = 0; k < 4; ++k) {
-      gate[k] = gates[row * 4 * H + k * H + unit];
-      if (bias_ih) gate[k] += bias_ih[k * H + unit] + bias_hh[k * H + unit];
-      gate[k] = k == 2 ? tanh<E::kFast>(gate[k]) : sigmoid<E::kFast>(gate[k]);
+      sum[k] = gates[row * 4 * H + k * H + unit];
+      if (bias_ih) sum[k] += bias_ih[k * H + unit] + bias_hh[k * H + unit];
     }
-    const Wide c = gate[1] * c_state[w.at] + gate[0] * gate[2];
-    const Wide h = gate[3] * tanh<E::kFast>(c);
-    c_state[w.at] = c;
-    write<E>(step.h, row * step.h_stride + unit, h);
-    if (step.h_again) write<E>(step.h_again, w.at, h);
+    const Cell<Wide> cell = update_cell<E::kFast>(sum, c_state[w.at]);
+    c_state[w.at] = cell.c;
+    write<E>(step.h, row * step.h_stride + unit, cell.h);
+    if (step.h_again) write<E>(step.h_again, w.at, cell.h);
     if (!step.save) continue;
-    write<E>(step.cells, w.at, c);
-    for (int k = 0; k < 4; ++k) write<E>(step.gates, row * 4 * H + k * H + unit, gate[k]);
+    write<E>(step.cells, w.at, cell.c);
+    for (int k = 0; k < 4; ++k) write<E>(step.gates, row * 4 * H + k * H + unit, cell.gate[k]);
   }
 }
 
@@ -104,20 +102,17 @@ backward_step_kernel(FUSED_LSTM_PARAMS(BackwardStep) step) {
   Wide* const dc_state = static_cast<Wide*>(step.dc);
   for (Walker w(step.rows, H); w.more(); w.next()) {
     const int64_t row = w.row(), unit = w.at - row * H, first = row * 4 * H + unit;
-    const Wide i = gates[first], f = gates[first + H], g = gates[first + 2 * H],
-               o = gates[first + 3 * H];
-    const Wide tanh_c = tanh<E::kFast>(cells[w.at]);
+    const Wide gate[4] = {gates[first], gates[first + H], gates[first + 2 * H],
+                          gates[first + 3 * H]};
     const Wide c_before = row < step.rows_before ? before[w.at] : c_0[w.at];
     Wide dh = 0;
     if (grad_output) dh += grad_output[row * step.grad_output_stride + unit];
     if (grad_h) dh += grad_h[w.at];
-    const Wide dc = dc_state[w.at] + dh * o * (1 - tanh_c * tanh_c);
-    dc_state[w.at] = dc * f;
-    write<E>(step.dgates, first, dc * g * i * (1 - i));
-    write<E>(step.dgates, first + H, dc * c_before * f * (1 - f));
-    write<E>(step.dgates, first + 2 * H, dc * i * (1 - g * g));
-    write<E>(step.dgates, first + 3 * H, dh * tanh_c * o * (1 - o));
-    if (step.hidden) write<E>(step.hidden, w.at, o * tanh_c);
+    const CellGradient<Wide> found =
+        cell_gradient<E::kFast>(gate, cells[w.at], c_before, dh, dc_state[w.at]);
+    dc_state[w.at] = found.dc_before;
+    for (int k = 0; k < 4; ++k) write<E>(step.dgates, first + k * H, found.gate[k]);
+    if (step.hidden) write<E>(step.hidden, w.at, found.hidden);
   }
 }
 

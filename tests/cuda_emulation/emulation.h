@@ -148,11 +148,6 @@ uint32_t milliseconds();
 // --- launches
 // -------------------------------------------------------------------------------------
 
-struct Grid {
-  int blocks, threads, shared_bytes;
-  bool together;
-};
-
 namespace emulation {
 const char* run(const Grid& grid, void (*thread)(const void* call), const void* call);
 int resident(const Grid& grid);
@@ -177,7 +172,5 @@ template <class Params>
 int resident_blocks(void (*)(Params), const Grid& grid) {
   return emulation::resident(grid);
 }
-
-const char* fill(void* at, int value, size_t bytes, Stream stream);
 
 }  // namespace fused_lstm::cuda
