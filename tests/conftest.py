@@ -41,11 +41,38 @@ def pytest_report_header() -> list[str]:
     return [*lines, f"{Path(_C.__file__).parent}: {_C.cpu_isa()} of {', '.join(usable)}"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every", type=int, default=1, help="Run each Nth of the tests chosen.")
+    parser.addoption("--after", help="Run what comes after this test, by its id.")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    ids = [item.nodeid for item in items]
+    if after := config.getoption("--after"):  # as -v prints it: from where pytest was started
+        del items[: 1 + next(at for at, name in enumerate(ids) if after.endswith(name))]
+    items[:] = items[:: config.getoption("--every")]
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no GPU visible"))
+
+
+GPU_LOST = 86  # the exit status: python -m benchmarks.gpu goes on in another process
+failed: set[str] = set()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed:
+        failed.add(report.nodeid)
+
+
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    """After a trap or an illegal access no CUDA call of the process succeeds."""
+    if nodeid in failed and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            pytest.exit(f"the GPU no longer serves this process: {error}", GPU_LOST)
 
 
 @pytest.fixture(autouse=True)

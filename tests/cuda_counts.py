@@ -1,10 +1,10 @@
 """Prints what a step of the CUDA kernels asks of the hardware, counted without a GPU.
 
-    python tests/cuda_counts.py [--markdown] [--H 768] [--B 16]
+    python tests/cuda_counts.py [--H 768] [--B 16] [--operands f16] [--gpu A100]
 
-Each row is the difference of two runs on the emulator (cuda_emulation/), of kSteps steps apart, on
-a device with the multiprocessors and the shared memory of an H100: what a step adds. The rules are
-those of cuda_emulation/counting.h.
+Each row is the difference of two runs on the emulator (cuda_emulation/), of STEPS steps, on a
+device with the multiprocessors and the shared memory of the GPU: what a step adds. The rules are
+those of cuda_emulation/counting.h. The last column is the reckoned time of a step: Gpu.step_us.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from cuda_emulation import library
 DTYPES = {"f16": torch.float16, "tf32": torch.float32, "f32": torch.float32}
 HIDDEN = (96, 512, 768, 1024, 2048)
 PASSES = ("forward", "backward")
-MULTIPROCESSORS = 132
 STEPS = (5, 11)  # of the two runs: beyond what the kernels prefetch at first
 
 
@@ -30,7 +29,6 @@ class Step:
     """What one step adds: of block 0, but for `trips` and `cold_trips`, the longest path."""
 
     H: int
-    operands: str
     pass_: str
     counts: dict[str, float]
     launches: int  # of the whole pass, fills included
@@ -39,13 +37,60 @@ class Step:
         return self.counts[name]
 
     @property
+    def warps(self) -> int:
+        """Of a block (plan.cpp)."""
+        if self["polled"]:
+            return 8
+        return -(-self.H // 8) if self.pass_ == "forward" else -(-self.H // 16) * 2
+
+    @property
     def conflicts(self) -> float:
         """Wavefronts of shared memory beyond the fewest that the accesses could take."""
         return self["wavefronts"] - self["least_wavefronts"]
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """What is known of a GPU. Times in microseconds, from measurements that others published."""
+
+    name: str
+    multiprocessors: int
+    shared_bytes: int  # that a block may ask for
+    ghz: float  # highest clock: these kernels use a fraction of the power
+    exchange_us: float  # a word published until another block has it
+    trip_us: float  # to L2 and back
+    memory_us: float  # more, for what is not in L2
+    bytes_per_cycle: float  # from L2 into one multiprocessor
+    mma_cycles: float  # of m16n8k16 in 16 bits or m16n8k8 in tf32, for one of four schedulers
+    cell_cycles: float  # from the last product on: barrier, sums' latency, activations, publishing
+
+    def step_us(self, step: Step) -> float:
+        """The sum of what a step does one after the other. Nothing is taken to overlap but x's way
+        from L2 (alone), so it is an upper bound of its parts; plain fp32 multiplications are not
+        in it, they run beside the loads from shared memory that they need.
+
+        exchange + (trips - 1) trip + cold trips memory
+          + (32 polled sectors / rate + mma x warps of a scheduler x cycles of one
+             + wavefronts + barriers x cell) / clock
+        """
+        team = step["polled"] > 0
+        cycles = 32 * step["polled"] / self.bytes_per_cycle
+        cycles += step["mma"] * -(-step.warps // 4) * self.mma_cycles
+        cycles += step["wavefronts"] + self.cell_cycles * step["barriers"]
+        waits = self.exchange_us + (step["trips"] - 1) * self.trip_us if team else 0.0
+        return waits + step["cold_trips"] * self.memory_us + cycles / self.ghz / 1000
+
+
+# Exchange by a flag, H100: 0.56 us with st.release; trip: 217 ns by TMA, which is no slower than a
+# load; mma.sync reaches 62 % of Hopper's peak, and all of Ampere's.
+GPUS = {
+    "H100": Gpu("H100 SXM, H200", 132, 227 << 10, 1.98, 0.55, 0.25, 0.35, 38, 6.5, 250),
+    "A100": Gpu("A100 SXM", 108, 163 << 10, 1.41, 0.7, 0.25, 0.35, 38, 8, 250),
+}
+
+
 def counted(
-    emulation: library.Emulation, pass_: str, operands: str, T: int, B: int, H: int
+    emulation: library.Emulation, gpu: Gpu, pass_: str, operands: str, T: int, B: int, H: int
 ) -> tuple[dict[str, int], int]:
     """The tally of one pass and its launches; nothing where the step path serves it."""
     dtype = DTYPES[operands]
@@ -53,7 +98,10 @@ def counted(
     state = torch.zeros(1, B, H, dtype=dtype)
     x = torch.zeros(T, B, 1, dtype=dtype)
     ops = torch.ops.fused_lstm_emulation
-    with emulation.device(MULTIPROCESSORS), emulation.schedule(0, "block ahead"):
+    with (
+        emulation.device(gpu.multiprocessors, gpu.shared_bytes),
+        emulation.schedule(0, "block ahead"),
+    ):
         if pass_ == "forward":
             with emulation.counted() as tally:
                 ops.lstm_forward(x, None, state, state, weights)
@@ -72,17 +120,22 @@ def counted(
 
 
 def step(
-    emulation: library.Emulation, pass_: str, operands: str, H: int, B: int = 16
+    emulation: library.Emulation,
+    pass_: str,
+    operands: str,
+    H: int,
+    B: int = 16,
+    gpu: Gpu = GPUS["H100"],
 ) -> Step | None:
     """What one step adds; None where the step path serves it."""
     with library.tf32(operands == "tf32"):
-        few, _ = counted(emulation, pass_, operands, STEPS[0], B, H)
-        many, launches = counted(emulation, pass_, operands, STEPS[1], B, H)
+        few, _ = counted(emulation, gpu, pass_, operands, STEPS[0], B, H)
+        many, launches = counted(emulation, gpu, pass_, operands, STEPS[1], B, H)
     if not few:
         return None
     more = STEPS[1] - STEPS[0]
-    return Step(H, operands, pass_, {name: (many[name] - few[name]) / more for name in few},
-                launches)  # fmt: skip
+    counts = {name: (many[name] - few[name]) / more for name in few}
+    return Step(H, pass_, counts, launches)
 
 
 COLUMNS = (
@@ -96,21 +149,23 @@ def main() -> None:
     parser.add_argument("--H", type=int, nargs="*", default=HIDDEN)
     parser.add_argument("--B", type=int, default=16)
     parser.add_argument("--operands", nargs="*", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--gpu", choices=GPUS, default="H100")
     chosen = parser.parse_args()
+    gpu = GPUS[chosen.gpu]
     if why := library.why_not():
         sys.exit(f"{Path(__file__).name}: {why}")
     torch.set_num_threads(1)
     folder = Path(tempfile.gettempdir(), "fused_lstm_cuda_emulation")
     folder.mkdir(exist_ok=True)
     emulation = library.kernels(folder)
-    print("| H | operands | pass | " + " | ".join(COLUMNS).replace("_", " ") + " | launches |")
-    print("|---" * (len(COLUMNS) + 4) + "|")
+    print("| H | operands | pass | " + " | ".join(COLUMNS).replace("_", " ") + " | launches | us |")
+    print("|---" * (len(COLUMNS) + 5) + "|")
     for H in chosen.H:
         for operands in chosen.operands:
             for pass_ in PASSES:
-                found = step(emulation, pass_, operands, H, chosen.B)
+                found = step(emulation, pass_, operands, H, chosen.B, gpu)
                 cells = [f"{found[name]:g}" for name in COLUMNS] if found else ["step path"]
-                cells += [str(found.launches)] if found else []
+                cells += [str(found.launches), f"{gpu.step_us(found):.2f}"] if found else []
                 print(f"| {H} | {operands} | {pass_} | " + " | ".join(cells) + " |", flush=True)
 
 

@@ -74,6 +74,17 @@ class Kernel:
         found = (self.instructions[index].opcode for index in self.loop)
         return Counter(opcode for opcode in found if re.match(pattern, opcode))
 
+    def runs(self, pattern: str, between: str) -> list[int]:
+        """How many instructions that match follow each other without one of `between`, in the step
+        loop and in the order of their addresses."""
+        found, apart = [], True
+        for index in self.loop:
+            opcode = self.instructions[index].opcode
+            if re.match(pattern, opcode):
+                found = [*found, 1] if apart else [*found[:-1], found[-1] + 1]
+            apart = bool(re.match(between, opcode)) or (apart and not re.match(pattern, opcode))
+        return found
+
     def first_waits(self, pattern: str) -> Counter[str]:
         """What first waits for the loads of the step loop that match, on any path."""
         found: Counter[str] = Counter()
@@ -167,6 +178,7 @@ def report(kernel: Kernel) -> str:
             f"  stores to shared memory: {words(kernel.opcodes('STS'))}",
             f"  prefetches: {words(kernel.opcodes('CCTL'))}",
             f"  products: {words(kernel.opcodes(PRODUCT))}",
+            f"  polled loads without a product between: {kernel.runs(POLL, PRODUCT)}",
             f"  waits first for polled words: {words(kernel.first_waits(POLL))}",
             f"  waits first for other loads: {words(kernel.first_waits(ORDINARY_LOAD))}",
         ]

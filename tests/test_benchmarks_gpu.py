@@ -347,11 +347,49 @@ def test_tests_stage(benchmarks: ModuleType, tmp_path: Path) -> None:
     )
     log = tmp_path / "tests.log"
     select = ("--rootdir", str(tmp_path), "-c", os.devnull, str(tmp_path / "test_trial.py"))
-    facts = benchmarks.stages.tests(log, 60, (*select, "-p", "no:hypothesispytest", "-rfE"))
+    select = (*select, "-p", "no:hypothesispytest")
+    selections = {"both": select, "one": (*select, "-k", "other"), "none": (*select, "-k", "no_")}
+    facts = benchmarks.stages.tests(log, 60, selections)
     assert facts["state"] == "failed"
-    assert facts["outcomes"] == {"passed": 2, "failed": 1, "skipped": 1}
+    assert facts["outcomes"] == {"passed": 2, "failed": 1, "skipped": 2}
+    states = [text.split()[0] for text in facts["selections"].values()]
+    assert states == ["failed", "done", "skipped"]
     (failure,) = facts["failures"]
     assert "test_it[2]" in failure
+
+
+def test_a_cut_tests_stage_names_its_failures(benchmarks: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "test_trial.py").write_text(
+        "import time\n"
+        "def test_bad(): assert False\n"
+        "def test_slow(): time.sleep(600)\n"
+        "def test_never(): pass\n"
+    )
+    select = ("--rootdir", str(tmp_path), "-c", os.devnull, str(tmp_path / "test_trial.py"))
+    selections = {"slow": (*select, "-p", "no:hypothesispytest"), "late": select}
+    facts = benchmarks.stages.tests(tmp_path / "tests.log", 12, selections)
+    assert facts["state"] == "failed"
+    assert "test_bad" in facts["failures"][0]
+    assert facts["selections"]["late"].startswith("skipped")
+
+
+def test_a_lost_gpu_does_not_take_the_other_tests_along(
+    benchmarks: ModuleType, tmp_path: Path
+) -> None:
+    """The process ends, as tests/conftest.py lets it, and another goes on behind the test."""
+    conftest = Path(__file__).with_name("conftest.py").read_text()
+    (tmp_path / "conftest.py").write_text(
+        conftest + "\n\ndef lost():\n    raise RuntimeError('made up')\n\n"
+        "torch.cuda.is_initialized = lambda: True\ntorch.cuda.synchronize = lost\n"
+    )
+    (tmp_path / "test_trial.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('n', range(4))\ndef test_it(n): assert n != 1\n"
+    )
+    select = ("--rootdir", str(tmp_path), "-c", os.devnull, str(tmp_path / "test_trial.py"),
+              "-p", "no:hypothesispytest", "-p", "no:xdist")  # fmt: skip
+    facts = benchmarks.stages.tests(tmp_path / "tests.log", 100, {"all": select})
+    assert facts["outcomes"] == {"passed": 3, "failed": 1}, facts
+    assert facts["state"] == "failed"
 
 
 MEMCHECK = "========= ERROR SUMMARY: {} errors"

@@ -104,7 +104,7 @@ def test_a_missing_barrier_shows(toys: Emulation) -> None:
     values = torch.randint(-99, 99, (9, 256)).float()
     sums, pairs = torch.empty(9), torch.empty(9, 256)
     assert run(toys, "sum", 9, 256, values, sums, pairs) is None
-    (barrier,) = (place for place in toys.barriers("block") if place[0] == "toys.cu")
+    barrier = min(place for place in toys.barriers("block") if place[0] == "toys.cu")
     caught = []
     with toys.dropped(*barrier):
         for policy, seed in SCHEDULES:
@@ -203,3 +203,15 @@ def test_launches_that_the_device_refuses(toys: Emulation) -> None:
         assert "invalid launch" in str(run(toys, "grid", 1, 33, 0, 0))
     with toys.device(cooperative=False):
         assert "no cooperative launches" in str(run(toys, "grid", 1, 64, 0, 1))
+
+
+def test_a_wait_is_bounded_by_the_clock(toys: Emulation) -> None:
+    """However often it is tried: a slow neighbour is no error for a minute."""
+    tries = 100 << 10
+    try:
+        toys.library.emulation_clock(500)  # at each of a hundred looks
+        assert run(toys, "wait", tries) is None
+        toys.library.emulation_clock(700)
+        assert "gave up" in str(run(toys, "wait", tries))
+    finally:
+        toys.library.emulation_clock(0)

@@ -28,7 +28,7 @@ namespace {
 // bank.
 template <int NT>
 FUSED_LSTM_DEVICE int partial_sum_of(int unit, int n) {
-  const int place = (unit % 8 * 4 + n % 8 / 2) ^ (n % 2 * 2);
+  const int place = (unit % 8 * 4 + n % 8 / 2) ^ (n % 2 * 2) ^ unit % 16 / 8;
   return ((unit / 16 * NT + n / 8) * 4 + unit % 16 / 8 * 2 + n % 2) * 32 + place;
 }
 
@@ -105,6 +105,7 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
   const Tiling& tiling = params.tiling;
   const Extent& extent = params.extent;
   const Place place(tiling);
+  const int slice = kAlone ? 0 : place.slice;
   const BackwardDirection& given = params.direction[place.direction].given;
   const int H = extent.H, padded = tiling.padded;
   const int thread = thread_index(), lane = thread % kLanes, warp = thread / kLanes;
@@ -123,7 +124,7 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
   // This thread's cells: one unit, and the same rows of each tile.
   const int mu = kAlone ? warp : thread / 8 / kRows, block_unit = 8 * mu + thread % 8;
   const int row = kAlone ? lane / 8 : thread / 8 % kRows;  // and the fourth from there
-  const int unit = place.slice * units + block_unit;
+  const int unit = slice * units + block_unit;
   const bool mine = 8 * mu < units, real = mine && unit < H;
   for (int tile = 0; mine && tile < tiling.tiles; ++tile) {
 #pragma unroll
@@ -238,14 +239,14 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) word[k] = operand<kOperands>(found[i].gate[k]);
         if constexpr (kAlone) {
-          Operand* const next =
-              reinterpret_cast<Operand*>(states + (2 * walk.tile + (~walk.s & 1)) * states_copy +
-                                         n * tiling.state_stride) +
-              unit;
+          char* const next =
+              states + (2 * walk.tile + (~walk.s & 1)) * states_copy + n * tiling.state_stride;
           if (in_step && unit < padded) {
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
-              store_element(next + k * padded, Operand(word[k]));
+              store_element(reinterpret_cast<Operand*>(
+                                next + turned(n, (unit + k * padded) * int(sizeof(T)))),
+                            Operand(word[k]));
               store_element(to + k * padded,
                             kFast ? Operand(word[k]) : Operand(float_bits(found[i].gate[k])));
             }
@@ -263,7 +264,7 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
           static_cast<T*>(given.grad_c_0)[int64_t(b) * H + unit] = S::store(found[i].dc_before);
       }
     }
-    prefetch_step<T, kAlone, kRows>(given, extent, walk, place.slice * units, units, padded);
+    prefetch_step<T, kAlone, kRows>(given, extent, walk, slice * units, units, padded);
     more = walk.next();
     if (more) load_ahead(given);
     if (kAlone) block_barrier();  // dgates are written, and the partial sums read

@@ -160,7 +160,9 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
       const float h = column < H && b < extent.B
                           ? S::load(static_cast<const T*>(given.h_0)[int64_t(b) * H + column])
                           : 0;
-      store_element(reinterpret_cast<Operand*>(states) + at, Operand(operand<kOperands>(h)));
+      char* const row = states + at / columns * tiling.state_stride;
+      store_element(reinterpret_cast<Operand*>(row + turned(n, column * int(sizeof(T)))),
+                    Operand(operand<kOperands>(h)));
     }
   }
   block_barrier();
@@ -250,7 +252,8 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
         if constexpr (kAlone) {
           char* next = states + (2 * walk.tile + (~walk.s & 1)) * states_copy;
           if (own.real && b < walk.now.count)
-            store_element(reinterpret_cast<Operand*>(next + n * tiling.state_stride) + own.unit,
+            store_element(reinterpret_cast<Operand*>(next + n * tiling.state_stride +
+                                                     turned(n, own.unit * int(sizeof(T)))),
                           Operand(word));
         } else {
           char* const row =

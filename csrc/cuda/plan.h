@@ -42,7 +42,7 @@ inline int weight_chunks(Operands operands, int columns) {
 // nothing may spill.
 constexpr int register_chunks(Pass pass, bool alone, Operands operands) {
   if (pass == kForward) return operands != kF32 ? 4 : alone ? 1 : 3;
-  if (operands != kF32) return alone ? 7 : 12;
+  if (operands != kF32) return alone ? 6 : 12;
   return alone ? 1 : 12;
 }
 template <Pass kPass, bool kAlone, Operands kOperands>

@@ -5,7 +5,8 @@
 
 Stages, in order: `build` installs the checkout into build/gpu-package for the visible GPU; `micro`
 compiles and runs micro.cu; `headline` measures the most important rows; `tests` runs the tests
-marked `gpu`; `sanitizer` runs compute-sanitizer's memcheck and racecheck over benchmarks.small_run;
+marked `gpu`, hidden sizes and the contract first, each selection in a process of its own;
+`sanitizer` runs compute-sanitizer's memcheck, racecheck and synccheck over benchmarks.small_run;
 `suite` measures the rest of suites.GPU, in its order, until the time is up. Each has a limit of its
 own, each row too, and what fails is recorded and passed over.
 

@@ -86,8 +86,9 @@ def _copy(stream: Any, log: Path, lines: list[str]) -> None:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """End the program's group: what it started may outlive it."""
-    for signal_ in (signal.SIGTERM, signal.SIGKILL):
+    """End the program's group: what it started may outlive it. An interrupt comes first: pytest
+    then says which tests failed."""
+    for signal_ in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal_)
         with suppress(subprocess.TimeoutExpired):

@@ -52,10 +52,13 @@ def wrong(case: Case, dtype: str, pass_: str, device: torch.device) -> list[str]
 @click.command()
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cuda", show_default=True)
 @click.option("--backend", help="Force this backend of fused_lstm.  [default: its own choice]")
-def main(device: str, backend: str | None) -> None:
+@click.option("--dtype", "only", type=click.Choice(sorted(DTYPES)), help="In this dtype alone.")
+def main(device: str, backend: str | None, only: str | None) -> None:
     """Run FusedLSTM at small odd sizes in every dtype, forward and backward."""
     failed = False
     dtypes = [dtype for dtype in DTYPES if device == "cuda" or dtype != "tf32"]
+    if only:
+        dtypes = [only]
     with forced(backend):
         for dtype in sorted(dtypes, key=("fp32", "bf16", "fp16", "tf32", "fp64").index):
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (

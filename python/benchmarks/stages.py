@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -117,44 +118,102 @@ def measurements(lines: list[str]) -> Facts:
     return found
 
 
-def tests(log: Path, limit_s: float, select: tuple[str, ...] = ("tests", "-m", "gpu")) -> Facts:
+# What is tested, the most telling first, each in a process of its own: a limit cuts the last.
+SELECTIONS: dict[str, tuple[str, ...]] = {
+    "hidden sizes": ("tests/test_gpu.py", "-k", "test_hidden_sizes"),
+    "contract": ("tests/test_gpu_contract.py",),
+    "some options": ("tests/test_gpu.py", "-k", "test_options", "--every", "16"),
+    "sizes and strides": ("tests/test_gpu.py", "-k", "not test_hidden_sizes and not test_options"),
+    "other files": ("tests", "-m", "gpu", "--ignore=tests/test_gpu.py",
+                    "--ignore=tests/test_gpu_contract.py"),
+    "all options": ("tests/test_gpu.py", "-k", "test_options"),
+}  # fmt: skip
+GPU_LOST = 86  # tests/conftest.py's exit status after a trap
+ENDED = re.compile(r"(\S+\.py::.*) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
+
+
+def tests(log: Path, limit_s: float, selections: dict[str, tuple[str, ...]] = SELECTIONS) -> Facts:
     """The tests that are marked for a GPU, in the checkout, against the package in use."""
+    start = time.monotonic()
+    parts: dict[str, Facts] = {}
+    for name, select in selections.items():
+        left = start + limit_s - time.monotonic()
+        parts[name] = _tested(select, log, left) if left > 1 else skipped("no time left")
+    states = [part["state"] for part in parts.values()]
+    outcomes = sum((Counter(part.get("outcomes", {})) for part in parts.values()), Counter())
+    failures = [line for part in parts.values() for line in part.get("failures", ())]
+    late = any(part.get("why") == "no time left" for part in parts.values())
+    return {
+        "state": "failed" if "failed" in states else "cut" if "cut" in states or late
+        else "done" if "done" in states else "skipped",
+        "seconds": round(time.monotonic() - start, 1),
+        "outcomes": dict(outcomes),
+        "failures": failures[:SHOWN],
+        "selections": {name: f"{part['state']} after {part['seconds']} s"
+                       for name, part in parts.items()},
+    }  # fmt: skip
+
+
+def _tested(select: tuple[str, ...], log: Path, limit_s: float) -> Facts:
+    """One selection: begun anew behind a test that lost the process its GPU."""
     pytest = [sys.executable, "-m", "pytest", *select, "-v", "--tb=short", "--maxfail=20",
               "--continue-on-collection-errors", "-o", "timeout=60",
               "-p", "no:cacheprovider"]  # fmt: skip
-    done = run(pytest, log, limit_s=limit_s, cwd=report.ROOT)
-    facts: Facts = {"state": done.state, "seconds": done.seconds, **outcomes(done.lines)}
-    if done.code == 5:
+    start = time.monotonic()
+    lines: list[str] = []
+    after: tuple[str, ...] = ()
+    while True:
+        left = start + limit_s - time.monotonic()
+        done = run([*pytest, *after], log, limit_s=max(left, 1), cwd=report.ROOT)
+        lines += done.lines
+        ended = [match[1] for line in done.lines if (match := ENDED.match(line))]
+        if done.code != GPU_LOST or not ended or left < 1 or ended[-1] in after:
+            break
+        after = ("--after", ended[-1])
+    facts: Facts = {"state": done.state, "seconds": round(time.monotonic() - start, 1),
+                    **outcomes(lines)}  # fmt: skip
+    if facts["failures"]:
+        facts["state"] = "failed"
+    if done.code == 5 and not after:
         facts |= {"state": "skipped", "why": "no test is marked for a GPU"}
     return facts
 
 
 def outcomes(lines: list[str]) -> Facts:
-    """How many tests passed, failed and so on, and which did not."""
-    words = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
-    ended = (re.match(rf".*\.py::.* ({words})\b", line) for line in lines)
-    counts = Counter(match[1].lower() for match in ended if match)
-    return {"outcomes": dict(counts), "failures": first(lines, r"^(FAILED|ERROR) ")}
+    """How many tests passed, failed and so on, and which did not: by the lines that each test
+    leaves when it ends, for a run that is cut has no summary."""
+    ended = [match for line in lines if (match := ENDED.match(line))]
+    counts = Counter(match[2].lower() for match in ended)
+    wrong = [match[0] for match in ended if match[2] in ("FAILED", "ERROR")]
+    wrong += first(lines, r"^ERROR ") if not wrong else []  # what could not be collected
+    return {"outcomes": dict(counts),
+            "failures": [report.without_paths(line)[:300] for line in wrong[:SHOWN]]}  # fmt: skip
 
 
-def sanitizer(
-    log: Path, limit_s: float, tools: tuple[str, ...] = ("memcheck", "racecheck")
-) -> Facts:
-    """What compute-sanitizer finds in benchmarks.small_run: facts for each tool."""
+TOOLS = ("memcheck", "racecheck", "synccheck")
+CHECKED = ("fp16", "fp32", "tf32", "bf16", "fp64")
+
+
+def sanitizer(log: Path, limit_s: float, tools: tuple[str, ...] = TOOLS) -> Facts:
+    """What compute-sanitizer finds in benchmarks.small_run: facts for each tool and dtype, one a
+    process."""
     checker = program("compute-sanitizer", os.environ.get("CUDA_HOME"))
     if checker is None:
         return dict.fromkeys(tools, skipped("compute-sanitizer was not found"))
     found: Facts = {}
-    for tool in tools:
+    end = time.monotonic() + limit_s
+    runs = [(tool, dtype) for dtype in CHECKED for tool in tools]
+    for at, (tool, dtype) in enumerate(runs):
+        left = (end - time.monotonic()) / (len(runs) - at)  # what one leaves is the others'
         # What torch probes for and does without isn't an error; what it can't do without, it says.
         options = ["--report-api-errors", "no"] if tool == "memcheck" else []
         command = [checker, "--tool", tool, "--error-exitcode", "86", *options,
-                   sys.executable, "-m", "benchmarks.small_run",
+                   sys.executable, "-m", "benchmarks.small_run", "--dtype", dtype,
                    "--device", "cuda", "--backend", "cuda"]  # fmt: skip
         # Each tensor in an allocation of its own, or a write past its end would be inside torch's.
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        done = run(command, log, limit_s=limit_s / len(tools), cwd=PYTHON, environment=environment)
-        found[tool] = checked(done)
+        done = run(command, log, limit_s=max(left, 1), cwd=PYTHON, environment=environment)
+        found[f"{tool} {dtype}"] = checked(done)
     return found
 
 

@@ -1,5 +1,6 @@
 // Small kernels that show what the emulator does: right ones, and one for each thing it must catch.
 #include "cuda/launch.cuh"
+#include "cuda/product.cuh"
 
 namespace fused_lstm::cuda {
 namespace {
@@ -85,6 +86,28 @@ FUSED_LSTM_KERNEL(32) tell_kernel(TellParams params) {
     }
     if (lane < 4) publish(params.words + (s * block_count() + block_index()) * 4 + lane, sum);
   }
+}
+
+// --- lanes that store 4 or 16 bytes to shared memory, `stride` words apart
+
+struct AccessParams {
+  int bytes, stride;
+};
+
+FUSED_LSTM_KERNEL(32) access_kernel(AccessParams params) {
+  float* const at = reinterpret_cast<float*>(shared_memory()) + thread_index() * params.stride;
+  if (params.bytes == 4)
+    store_element(at, 1.0f);
+  else
+    store_words(at, Words{});
+  block_barrier();
+}
+
+// --- a wait that never ends, and one that does
+
+FUSED_LSTM_KERNEL(32) wait_kernel(int tries) {
+  Patience patience;
+  for (int i = 0; i < tries; ++i) patience.lose();
 }
 
 // --- what must not happen
@@ -185,6 +208,15 @@ const char* toy_mistake(int mistake, uint32_t* words, float* found) {
   fill(words + 4, 0, 16, nullptr);
   return launch(mistake_kernel, Grid{1, 64, 1024, false}, nullptr,
                 MistakeParams{mistake, words, found});
+}
+
+const char* toy_access(int bytes, int stride) {
+  return launch(access_kernel, Grid{1, 32, 32 * 36 * 4, false}, nullptr,
+                AccessParams{bytes, stride});
+}
+
+const char* toy_wait(int tries) {
+  return launch(wait_kernel, Grid{1, 32, 0, false}, nullptr, tries);
 }
 
 const char* toy_grid(int blocks, int threads, int shared_bytes, bool together) {

@@ -1,0 +1,70 @@
+"""What a step of the CUDA kernels asks of the hardware, counted on the emulator: held number by
+number, so that a change that costs a bank conflict or a trip to L2 is seen without a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+
+import cuda_counts
+import pytest
+from cuda_emulation import library
+from cuda_emulation.library import Emulation
+
+pytestmark = [
+    pytest.mark.skipif(library.why_not() is not None, reason=str(library.why_not())),
+    pytest.mark.timeout(600),
+]
+
+# (H, operands, pass): wavefronts, of them bank conflicts, trips to L2, mma of a warp, barriers;
+# sectors of 32 bytes read and written by block 0. B 16, on an H100's 132 multiprocessors.
+HELD = {
+    (96, "f16", "forward"): (456, 0, 1, 12, 1, 384, 576),
+    (96, "f16", "backward"): (528, 0, 1, 12, 2, 672, 384),
+    (96, "tf32", "forward"): (984, 0, 1, 24, 1, 384, 576),
+    (96, "f32", "backward"): (11088, 0, 1, 0, 2, 672, 384),
+    (512, "f16", "forward"): (280, 0, 1, 16, 1, 320, 112),
+    (512, "f16", "backward"): (72, 0, 1, 16, 1, 1136, 64),
+    (512, "tf32", "backward"): (328, 0, 1, 32, 1, 2160, 64),
+    (512, "f32", "forward"): (2712, 0, 2, 0, 1, 576, 112),
+    (768, "f16", "forward"): (280, 0, 1, 24, 1, 448, 112),
+    (768, "f16", "backward"): (72, 0, 1, 24, 1, 1648, 64),
+}
+
+
+@pytest.fixture(scope="module")
+def emulation(pytestconfig: pytest.Config) -> Emulation:
+    return library.kernels(library.folder_of(pytestconfig))
+
+
+@pytest.mark.parametrize("row", HELD, ids=lambda row: "-".join(map(str, row)))
+def test_a_step(emulation: Emulation, row: tuple[int, str, str]) -> None:
+    H, operands, pass_ = row
+    found = cuda_counts.step(emulation, pass_, operands, H)
+    assert found
+    names = ("mma", "barriers", "sectors_read", "sectors_written")
+    held = found["wavefronts"], found.conflicts, found["trips"], *(found[name] for name in names)
+    assert held == HELD[row]
+    assert found["cold_trips"] == 0  # all that a step waits for is in L2
+    assert found.launches == (2 if H <= 128 else 3)
+
+
+def accesses(pytestconfig: pytest.Config, bytes_: int, stride: int) -> dict[str, int]:
+    toys = library.toys(library.folder_of(pytestconfig))
+    toys.library.toy_access.restype = ctypes.c_char_p
+    with toys.counted() as tally:
+        assert toys.library.toy_access(bytes_, stride) is None
+    return tally
+
+
+@pytest.mark.parametrize(
+    ("bytes_", "stride", "wavefronts", "least"),
+    [(4, 1, 1, 1), (4, 0, 1, 1), (4, 2, 2, 1), (4, 32, 32, 1), (4, 33, 1, 1),
+     (16, 4, 4, 4), (16, 8, 8, 4), (16, 32, 32, 4), (16, 36, 4, 4)],
+)  # fmt: skip
+def test_wavefronts(
+    pytestconfig: pytest.Config, bytes_: int, stride: int, wavefronts: int, least: int
+) -> None:
+    """Lanes that store so many bytes each, `stride` words apart."""
+    tally = accesses(pytestconfig, bytes_, stride)
+    assert (tally["wavefronts"], tally["least_wavefronts"]) == (wavefronts, least)
+    assert tally["barriers"] == 1
