@@ -201,7 +201,7 @@ def test_sizes_of_the_benchmark_persist() -> None:
         pytest.skip("needs 100 multiprocessors")
     for H in (64, 96, 128, 256, 512, 768):
         for pass_ in ("forward", "backward"):
-            for operands in ("bfloat16", "float16"):
+            for operands in ("bfloat16", "float16", "tf32", "float32"):
                 assert _C.cuda_plan(pass_, operands, 1024, 16, H).startswith("persistent"), H
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -83,6 +84,24 @@ def test_same_bits_again(name: str, dtype: torch.dtype) -> None:
             for _ in range(5):
                 a @ a
         assert_same_bits(everything(lstm, args), expected)
+
+
+def test_host_threads_with_different_sizes() -> None:
+    """Each launches the same kernels with shared memory of its own size."""
+    prepared_of = {H: prepared(Options(I=17, H=H, T=9, B=5), torch.float32) for H in (65, 257, 640)}
+    expected = {H: everything(*given) for H, given in prepared_of.items()}
+    torch.cuda.synchronize()
+
+    def run(H: int) -> list[list[Tensor]]:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found = [everything(*prepared_of[H]) for _ in range(20)]
+        torch.cuda.synchronize()
+        return found
+
+    with ThreadPoolExecutor(len(expected)) as pool:
+        for H, found in zip(expected, pool.map(run, expected), strict=True):
+            for results in found:
+                assert_same_bits(results, expected[H])
 
 
 @every_case
