@@ -245,7 +245,7 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
               store_element(reinterpret_cast<Operand*>(
-                                next + turned(n, (unit + k * padded) * int(sizeof(T)))),
+                                next + turned<kOperands>(n, (unit + k * padded) * int(sizeof(T)))),
                             Operand(word[k]));
               store_element(to + k * padded,
                             kFast ? Operand(word[k]) : Operand(float_bits(found[i].gate[k])));

@@ -161,7 +161,7 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
                           ? S::load(static_cast<const T*>(given.h_0)[int64_t(b) * H + column])
                           : 0;
       char* const row = states + at / columns * tiling.state_stride;
-      store_element(reinterpret_cast<Operand*>(row + turned(n, column * int(sizeof(T)))),
+      store_element(reinterpret_cast<Operand*>(row + turned<kOperands>(n, column * int(sizeof(T)))),
                     Operand(operand<kOperands>(h)));
     }
   }
@@ -252,9 +252,10 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
         if constexpr (kAlone) {
           char* next = states + (2 * walk.tile + (~walk.s & 1)) * states_copy;
           if (own.real && b < walk.now.count)
-            store_element(reinterpret_cast<Operand*>(next + n * tiling.state_stride +
-                                                     turned(n, own.unit * int(sizeof(T)))),
-                          Operand(word));
+            store_element(
+                reinterpret_cast<Operand*>(next + n * tiling.state_stride +
+                                           turned<kOperands>(n, own.unit * int(sizeof(T)))),
+                Operand(word));
         } else {
           char* const row =
               task.states + (extent.B + int64_t(walk.now.first) + b) * params.states_stride;

@@ -36,8 +36,12 @@ class Patience {
 
 // Where byte `at` of a row of states lies in shared memory: the halves of a chunk change places
 // from two rows to the next two, so that neither lanes that load (eight at a time, two rows'
-// chunks) nor those that store (a few units of four rows) meet in a bank.
-FUSED_LSTM_DEVICE int turned(int row, int at) { return at ^ row % 4 / 2 * 32; }
+// chunks) nor those that store (a few units of four rows) meet in a bank. kF32 has no register left
+// for it.
+template <Operands kOperands>
+FUSED_LSTM_DEVICE int turned(int row, int at) {
+  return kOperands == kF32 ? at : at ^ row % 4 / 2 * 32;
+}
 
 // Which row of 16 and which word of the chunk lane `lane` holds in word r of part m.
 template <Operands kOperands>
@@ -148,7 +152,7 @@ class Sums<kF32, MT, NT,
   // `rows` are the batch rows' parts of this chunk in shared memory, `stride` bytes apart.
   template <class Weight>
   FUSED_LSTM_DEVICE void add(const Weight& weight, const char* rows, int stride) {
-    const int half = thread_index() % kLanes / 16 * 32;
+    const char* half = rows + thread_index() % kLanes / 16 * 32;
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
       Words a[MT];
@@ -156,7 +160,7 @@ class Sums<kF32, MT, NT,
       for (int mt = 0; mt < MT; ++mt) a[mt] = weight(mt, m);
 #pragma unroll
       for (int n = 0; n < 8 * NT; ++n) {
-        const Words state = load_words(rows + n * stride + turned(n, half) + 16 * m);
+        const Words state = load_words(half + n * stride + 16 * m);
 #pragma unroll
         for (int r = 0; r < 4; ++r)
 #pragma unroll
@@ -275,7 +279,7 @@ struct SharedStates {
   int stride;
 
   FUSED_LSTM_DEVICE void fetch(int j, Words (&state)[NT]) const {
-    const int lane = thread_index() % kLanes, quarter = turned(lane / 4, lane % 4 * 16);
+    const int lane = thread_index() % kLanes, quarter = turned<kOperands>(lane / 4, lane % 4 * 16);
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt)
       state[nt] = load_words(rows + (8 * nt + lane / 4) * stride + j * kChunkBytes + quarter);
@@ -332,8 +336,7 @@ struct PublishedStates {
     char* copy = stage + (j & 1) * 8 * NT * kChunkBytes;  // the other one may still be read
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt)
-      store_words(copy + (8 * nt + lane / 4) * kChunkBytes + turned(lane / 4, lane % 4 * 16),
-                  state[nt]);
+      store_words(copy + (8 * nt + lane / 4) * kChunkBytes + lane % 4 * 16, state[nt]);
     warp_barrier();
     stride = kChunkBytes;
     return copy;
