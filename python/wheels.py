@@ -11,6 +11,7 @@ compiler. Linux only; with CUDA where the torch has it and there is an nvcc.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -44,8 +45,12 @@ def build(version: str, out: Path) -> Path:
             [python, "-m", "pip", "install", "--quiet", f"torch=={version}", *TOOLS], check=True
         )
         raw = Path(folder, "raw")
-        # Run inside the environment that has that torch: the build backend finds it there.
-        subprocess.run([python, "-m", "build", "--wheel", "--outdir", str(raw), ROOT], check=True)
+        (site_packages,) = Path(folder).glob("lib/python*/site-packages")
+        subprocess.run(
+            [python, "-m", "build", "--wheel", "--outdir", str(raw), ROOT],
+            check=True,
+            env={**os.environ, "FUSED_LSTM_TORCH": str(site_packages)},
+        )
         (wheel,) = raw.glob("*.whl")
         here = "import sys, wheels, pathlib; wheels.repair(*map(pathlib.Path, sys.argv[1:]))"
         subprocess.run([python, "-c", here, wheel, out], check=True, cwd=Path(__file__).parent)
