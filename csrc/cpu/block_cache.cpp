@@ -50,7 +50,10 @@ void release(const BlockCache::Block& block) { std::free(block.data); }
 
 }  // namespace
 
-BlockCache::Block BlockCache::map(size_t bytes) { return {allocate(bytes), bytes}; }
+BlockCache::Block BlockCache::map(size_t bytes) {
+  const size_t pages = (bytes + kPage - 1) / kPage * kPage;
+  return {allocate(pages), pages};
+}
 
 void BlockCache::unmap(const Block& block) { release(block); }
 

@@ -20,8 +20,8 @@ class BlockCache {
     size_t bytes;
   };
 
-  // A block of its own, aligned to a page, or to a huge page and in such where it spans several.
-  // Throws std::bad_alloc.
+  // A block of its own, of whole pages, aligned to one, or to a huge page and in such where it
+  // spans several. Throws std::bad_alloc.
   static Block map(size_t bytes);
   static void unmap(const Block& block);
 

@@ -17,8 +17,8 @@ namespace fused_lstm::cpu {
 namespace {
 
 // One block for each calling thread, as large as its largest call yet: mapping a few MB anew costs
-// as much as a short sequence. Weights' size and a few rows, never T. The packed weights are read at
-// every step, and where they are larger than the second-level cache, from few pages.
+// as much as a short sequence. Weights' size and a few rows, never T. The packed weights are read
+// at every step, and where they are larger than the second-level cache, from few pages.
 void* workspace(int64_t bytes) {
   struct Workspace {
     BlockCache::Block block{nullptr, 0};
@@ -31,8 +31,7 @@ void* workspace(int64_t bytes) {
   static thread_local Workspace own;
   if (int64_t(own.block.bytes) < bytes) {
     own.clear();
-    constexpr size_t kPage = 4096;
-    own.block = BlockCache::map((size_t(bytes) + kPage - 1) / kPage * kPage);
+    own.block = BlockCache::map(size_t(bytes));
   }
   return own.block.data;
 }
