@@ -11,7 +11,7 @@ from charlm.corpus import Corpus
 from charlm.loglines import LOG_LINES, SAMPLE_TIMES, on_one_line
 from charlm.optimisation import Record
 from charlm.runs import Run
-from charlm.sampling import sample
+from charlm.sampling import sample_by
 from charlm.settings import Config
 from charlm.training import Trainer
 from charlm.watching import Progress
@@ -107,15 +107,12 @@ class Reporter:
 
     def sample(self) -> str:
         config = self._trainer.config
-        return sample(
+        return sample_by(
+            config,
             self._trainer.model,
             self._vocabulary,
-            str(config.prompt),
             config.sample_length,
-            temperature=config.temperature,
-            top_k=config.top_k or None,
-            top_p=config.top_p,
-            seed=config.seed + self._trainer.step,
+            config.seed + self._trainer.step,
         )
 
     def _echo(self, line: str) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from charlm.errors import CharlmError
 from charlm.model import CharacterModel
+from charlm.settings import Config
 from charlm.vocabulary import Vocabulary
 
 
@@ -83,3 +84,19 @@ def sample(
         logits, states = model(torch.tensor([drawn[-1:]], device=device), states)
     model.train(was_training)
     return prompt + vocabulary.decode(drawn)
+
+
+def sample_by(
+    config: Config, model: CharacterModel, vocabulary: Vocabulary, length: int, seed: int
+) -> str:
+    """`sample` with a run's settings."""
+    return sample(
+        model,
+        vocabulary,
+        str(config.prompt),
+        length,
+        temperature=config.temperature,
+        top_k=config.top_k or None,
+        top_p=config.top_p,
+        seed=seed,
+    )

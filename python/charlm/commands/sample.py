@@ -7,7 +7,7 @@ import click
 
 from charlm.commands import FOLDER
 from charlm.runfolder import RunFolder
-from charlm.sampling import sample
+from charlm.sampling import sample_by
 from charlm.training import device_of
 
 
@@ -34,15 +34,4 @@ def sample_command(folder: Path, device: str, **overrides: Any) -> None:
     config = run.read_config().override(overrides)
     model, vocabulary = run.read_model()
     model.to(device_of(device))
-    click.echo(
-        sample(
-            model,
-            vocabulary,
-            str(config.prompt),
-            config.length,
-            temperature=config.temperature,
-            top_k=config.top_k or None,
-            top_p=config.top_p,
-            seed=config.seed,
-        )
-    )
+    click.echo(sample_by(config, model, vocabulary, config.length, config.seed))

@@ -13,7 +13,7 @@ from charlm.interrupt import Interrupt
 from charlm.presets import preset_names, read_preset
 from charlm.reporting import Reporter, heading, show_run
 from charlm.runs import Run, begin, resume, settings_from
-from charlm.sampling import sample
+from charlm.sampling import sample_by
 from charlm.watching import Events
 
 
@@ -93,16 +93,7 @@ def _train_and_sample(run: Run) -> None:
         )
         raise click.exceptions.Exit(130)  # what shells expect after Ctrl-C
     heading(config, "generation")
-    written = sample(
-        trainer.model,
-        run.corpus.vocabulary,
-        str(config.prompt),
-        config.length,
-        temperature=config.temperature,
-        top_k=config.top_k or None,
-        top_p=config.top_p,
-        seed=config.seed,
-    )
+    written = sample_by(config, trainer.model, run.corpus.vocabulary, config.length, config.seed)
     folder.write_sample(written)
     click.echo(f"\nsample, temperature {config.temperature:g}:\n{written}\n")
     click.echo(f"saved in {folder.path}; more with: charlm sample {folder.path}")
