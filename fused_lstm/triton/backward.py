@@ -270,8 +270,10 @@ def backward_split(
         if PACKED:
             length = tl.load(lengths + tile)
         row, count = _rows_of_turn(steps, 0, length, d, B, PACKED)
-        row_after = row
-        count_after = count * 0
+        # Not `row_after = row`: Triton carries from step to step what it sees an assignment in the
+        # loop change, and `row_after = row` there would assign it the value it has.
+        row_after = tl.zeros((), tl.int64)
+        count_after = 0
         for s in range(length):
             row_1, count_1 = _rows_of_turn(steps, s + 1, length, d, B, PACKED)
             mask = (b < count)[:, None] & unit[None, :]
