@@ -3,7 +3,9 @@
 On the CPU they differ with the processor and with torch's version: where oneDNN serves a call all
 results are in the autocast dtype; elsewhere nn.LSTM is a composition of operators, of which
 autocast takes the products only. Which of the two a call takes depends on its dtypes, on gradients,
-and on what oneDNN offers on this processor. So the smallest call of each kind is made, once.
+and on what oneDNN offers on this processor. On a GPU torch (2.11) casts to float16 for cuDNN,
+whatever dtype autocast was given, and to that dtype where it does without cuDNN. So the smallest
+call of each kind is made, once.
 """
 
 from functools import lru_cache
@@ -15,8 +17,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 class Call(NamedTuple):
-    """Everything that the dtypes of nn.LSTM's results depend on, under autocast on a CPU."""
+    """Everything that the dtypes of nn.LSTM's results depend on, under autocast."""
 
+    kind: str  # of the device
+    index: int | None
     autocast: torch.dtype
     input: torch.dtype
     h_0: torch.dtype  # the input's where no states are given
@@ -30,7 +34,7 @@ class Call(NamedTuple):
     empty: bool  # no sequences
     training: bool
     gradients: bool  # torch.is_grad_enabled()
-    onednn: bool  # torch.backends.mkldnn's flag
+    library: bool  # torch.backends.mkldnn's flag, or cudnn's
 
 
 # What the products are computed in; output's, h_n's and c_n's dtype.
@@ -39,14 +43,16 @@ Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype]
 
 # Not traced: torch.compile takes the answer as it is, and guards on what it depends on.
 @torch.compiler.assume_constant_result
-def dtypes_on_cpu(*call: Any) -> Dtypes | None:
+def dtypes_of_stock(*call: Any) -> Dtypes | None:
     """The dtypes that nn.LSTM has for a `Call` of these fields, the last but itself; None where it
     refuses the call.
 
     Where oneDNN has no code for the autocast dtype on this processor, nn.LSTM fails with "could not
     create a primitive descriptor"; the dtypes are then those where it has: autocast's for all.
     """
-    return _asked(Call(*call, torch._C._get_mkldnn_enabled()))
+    on_cpu = call[0] == "cpu"
+    enabled = torch._C._get_mkldnn_enabled if on_cpu else torch._C._get_cudnn_enabled
+    return _asked(Call(*call, enabled()))
 
 
 @lru_cache(maxsize=1024)
@@ -54,11 +60,13 @@ def _asked(call: Call) -> Dtypes | None:
     everything = {call.input, call.h_0, call.c_0, *call.weights}
     # autocast leaves float64 alone
     products = torch.float64 if everything == {torch.float64} else call.autocast
+    if call.kind == "cuda" and not torch.cuda.is_available():  # a FakeTensor's
+        return products, products, products, products
     # Neither fake tensors, nor a trace, nor a transform is to see this call.
     with (
         _disable_current_modes(),
         torch._C._DisableFuncTorch(),
-        torch.autocast("cpu", call.autocast),
+        torch.autocast(call.kind, call.autocast),
         torch.set_grad_enabled(call.gradients),
     ):
         try:
@@ -67,28 +75,27 @@ def _asked(call: Call) -> Dtypes | None:
             if "could not create a primitive" not in str(error):
                 return None
             return products, products, products, products
-    output, h_n, c_n = found
-    return products, output.dtype, h_n.dtype, c_n.dtype
+    output, h_n, c_n = (tensor.dtype for tensor in found)
+    return output if call.kind == "cuda" else products, output, h_n, c_n
 
 
 def _smallest(call: Call) -> tuple[Tensor, ...]:
     """What nn.LSTM returns for the smallest call of this kind; no random number is drawn."""
     layers, H, P = 1 + call.several_layers, 2, 1 if call.projected else 2
     B = 0 if call.empty else 1 if call.equal_lengths or not call.packed else 2
+    device = torch.device(call.kind, call.index)
+
+    def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
     weights = []
     for layer in range(layers):
         shapes = [(4 * H, P if layer else 1), (4 * H, P), *[(4 * H,)] * 2 * call.bias]
         shapes += [(P, H)] * call.projected
-        weights += [
-            torch.zeros(shape, dtype=dtype)
-            for shape, dtype in zip(shapes, call.weights, strict=True)
-        ]
-    h_0 = torch.zeros(layers, B, P, dtype=call.h_0)
-    c_0 = torch.zeros(layers, B, H, dtype=call.c_0)
+        weights += map(zeros, shapes, call.weights)
+    states = [zeros((layers, B, P), call.h_0), zeros((layers, B, H), call.c_0)]
     options = (call.bias, layers, 0.0, call.training, False)
     if call.packed:
         sizes = torch.tensor([B, 1])
-        rows = torch.zeros(B + 1, 1, dtype=call.input)
-        return torch.lstm(rows, sizes, [h_0, c_0], weights, *options)
-    input = torch.zeros(2, B, 1, dtype=call.input)
-    return torch.lstm(input, [h_0, c_0], weights, *options, False)
+        return torch.lstm(zeros((B + 1, 1), call.input), sizes, states, weights, *options)
+    return torch.lstm(zeros((2, B, 1), call.input), states, weights, *options, False)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .autocast import Dtypes, dtypes_on_cpu
+from .autocast import Dtypes, dtypes_of_stock
 from .backends import KERNEL_DTYPES, choose
 from .ops import OPERATORS, RECORDED, transform_under_way
 from .reference import lstm_layer
@@ -271,11 +271,14 @@ def _autocast_dtypes(
     if not found <= KERNEL_DTYPES:
         return None
     dtype = torch.get_autocast_dtype(input.device.type)
-    if not input.is_cpu:  # cuDNN gives all results in the autocast dtype, and leaves float64 alone
-        if torch.float64 in found:
+    if not input.is_cpu:
+        if torch.float64 in found:  # which autocast leaves alone
             return (torch.float64,) * 4 if len(found) == 1 else None
-        return dtype, dtype, dtype, dtype
-    return dtypes_on_cpu(
+        if dtype is torch.float16 or not input.is_cuda:
+            return dtype, dtype, dtype, dtype
+    return dtypes_of_stock(
+        input.device.type,
+        input.device.index,
         dtype,
         input.dtype,
         h_0.dtype,

@@ -40,6 +40,9 @@ class FusedLSTM(nn.RNNBase):
     Under autocast the products are computed in the autocast dtype and the results have the dtypes
     that `torch.nn.LSTM` gives on this processor; where it fails there with "could not create a
     primitive descriptor" (on a CPU without AVX-512, say), all results are in the autocast dtype.
+    On a GPU everything is in the dtype that `torch.nn.LSTM` gives, which for bfloat16 is float16
+    where cuDNN serves it (torch 2.11). For bfloat16 itself, call a module of that dtype, with
+    `torch.autocast("cuda", enabled=False)`.
 
     Returns:
         output, (h_n, c_n): output (T, B, D*P), (B, T, D*P), (T, D*P) or a `PackedSequence`; the

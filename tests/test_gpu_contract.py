@@ -228,16 +228,39 @@ def test_checked_by_torch(name: str) -> None:
 @pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
 @every_case
 def test_autocast(name: str, cast: torch.dtype) -> None:
-    """Decides what is computed in: the bits of a module in that dtype, the dtypes of nn.LSTM."""
+    """Decides what is computed in: the dtypes of nn.LSTM, which cuDNN has only float16 for, and the
+    bits of a module in that dtype."""
     lstm, args = prepared(CASES[name], torch.float32)
-    stock = CASES[name].lstm().to(DEVICE)
-    narrow, copied = FusedLSTM.from_torch(CASES[name].lstm().to(DEVICE, cast)), args.to(cast)
-    narrow.load_state_dict(lstm.state_dict())
+    stock = lstm.to_torch()
     with torch.no_grad():
         with torch.autocast(DEVICE, cast):
-            found, dtypes = call(lstm, args), [tensor.dtype for tensor in call(stock, args)]
-        assert_same_bits(list(found), list(call(narrow, copied)))
-    assert [tensor.dtype for tensor in found] == dtypes
+            found, expected = call(lstm, args), call(stock, args)
+        assert [tensor.dtype for tensor in found] == [tensor.dtype for tensor in expected]
+        computed_in = expected[0].dtype
+        narrow = FusedLSTM.from_torch(CASES[name].lstm().to(DEVICE, computed_in))
+        narrow.load_state_dict(lstm.state_dict())
+        assert_same_bits(list(found), list(call(narrow, args.to(computed_in))))
+
+
+@pytest.mark.parametrize("input", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cudnn", [True, False], ids=["cudnn", "no cudnn"])
+def test_dtypes_under_autocast(
+    cudnn: bool, weights: torch.dtype, input: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of nn.LSTM in bfloat16 with and without cuDNN; outputs, states, and gradients."""
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", cudnn)
+    stock = nn.LSTM(17, 65, device=DEVICE, dtype=weights)
+    lstm = FusedLSTM.from_torch(stock)
+    x = torch.randn(9, 5, 17, device=DEVICE, dtype=input, requires_grad=True)
+    found = []
+    with torch.autocast(DEVICE, torch.bfloat16):
+        for module in (lstm, stock):
+            output, (h_n, c_n) = module(x)
+            loss = output.float().sum() + h_n.float().sum() + c_n.float().sum()
+            grads = torch.autograd.grad(loss, [x, *module.parameters()])
+            found.append([tensor.dtype for tensor in (output, h_n, c_n, *grads)])
+    assert found[0] == found[1]
 
 
 def peak(run: Callable[[], Any]) -> int:
