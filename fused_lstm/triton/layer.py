@@ -17,9 +17,9 @@ from .forward import forward_split, forward_whole
 from .plan import Device, Plan, compile_options, plan
 from .steps import backward_steps, forward_steps
 
-# Polls of a wait before it is broken off. A poll takes 0.4 us or more, so 3 s at least; a step
-# takes microseconds, and a cooperative launch lets no program wait for one that has not begun.
-PATIENCE = 1 << 23
+# Polls of a wait before it is broken off. A poll takes 0.4 us or more, so a minute nearly: as the
+# CUDA kernels have it, for another kernel may hold the multiprocessors of the programs waited for.
+PATIENCE = 1 << 27
 
 
 class _Weights(NamedTuple):
