@@ -1,19 +1,22 @@
-"""What holds on a GPU besides numbers: graphs, streams, the same bits, NaN and Inf, memory."""
+"""What holds on a GPU besides numbers: graphs, streams, the same bits, NaN and Inf, memory, and
+which kernels serve a call, on both sides of each limit of theirs."""
 
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from gpu import DEVICE, kernels  # noqa: F401  the fixture
+from gpu import DEVICE, PRECISIONS, check_on_gpu, kernels, tf32  # noqa: F401  the fixture
 from parity import DTYPES, Arguments, Options, arguments, call
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 
-from fused_lstm import FusedLSTM
+from fused_lstm import _C, FusedLSTM
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
 
@@ -304,3 +307,91 @@ def test_inference_saves_nothing() -> None:
         used = peak(lambda: lstm(x))
     # the gates, input and output of the layer at work, its scratch memory
     assert used < 9 * rows, used / rows
+
+
+OPERANDS = ("bfloat16", "float16", "tf32", "float32")  # in the order of plan.h
+
+
+@pytest.mark.parametrize("H", [96, 512], ids=["one block", "teams"])
+@pytest.mark.parametrize("precision", OPERANDS)
+def test_persistent_kernels_ran(precision: str, H: int) -> None:
+    """By their names: where a plan was refused, the step path would give right numbers, too."""
+    dtype, allowed, _ = PRECISIONS[precision]
+    lstm, args = prepared(Options(I=17, H=H, T=9, B=5), dtype)
+    with tf32(allowed), torch.profiler.profile() as profile:
+        everything(lstm, args)
+        torch.cuda.synchronize()
+    names = {event.name for event in profile.events() if event.device_type is DeviceType.CUDA}
+    if not names:
+        pytest.skip("torch's profiler sees no kernels here")
+    # demangled or not: forward_kernel<(fused_lstm::cuda::Operands)2, ...
+    which = re.compile(r"(?<![a-z_])(for|back)ward_kernel(?:<\([^)]*\)|I\w*?OperandsE)(\d)")
+    found = {match.groups() for match in map(which.search, names) if match}
+    assert found == {(pass_, str(OPERANDS.index(precision))) for pass_ in ("for", "back")}, names
+
+
+# Up to which size a plan is what these of its words say: the size, the words, the other sizes.
+EDGES = {
+    "one block": ("H", "each of 1 block ", {}),
+    "both directions": ("H", "2 directions", {}),
+    "weights kept": ("H", " 0 bytes of weights", {}),
+    "largest": ("H", "persistent", {}),
+    "8 rows a tile": ("B", " 8 rows", {"H": 512}),
+    "one tile": ("B", " 1 tile ", {"H": 512}),
+    "most tiles": ("B", "persistent", {"H": 512}),
+    "fewest steps": ("T", "persistent", {"H": 512}),
+}
+REACH = {"T": 9, "B": 1025, "H": 2400}  # of the search: all edges of an H200, and little to compute
+
+
+@pytest.mark.parametrize("precision", OPERANDS)
+@pytest.mark.parametrize("edge", EDGES)
+def test_at_the_edges_of_a_plan(edge: str, precision: str) -> None:
+    """On both sides of each, forward's and backward's."""
+    over, words, others = EDGES[edge]
+    sizes = {"T": 5, "B": 16, "H": 64, **others}
+    both = edge == "both directions"
+    at = set()
+    for pass_ in ("forward", "backward"):
+        says = [
+            words in _C.cuda_plan(pass_, precision, **{**sizes, over: size}, directions=1 + both)
+            for size in range(1, REACH[over])
+        ]
+        changes = [n for n in range(1, len(says)) if says[n - 1] != says[n]]
+        at |= {size for n in changes[-1:] for size in (n, n + 1)}
+    if not at:
+        pytest.skip("not within reach on this GPU")
+    for size in sorted(at):
+        check_on_gpu(Options(**{**sizes, over: size}, I=17, bidirectional=both), precision)
+
+
+HOLD = """extern "C" __global__ void hold(int milliseconds) {
+  unsigned long long from, now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(from));
+  do asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  while (now - from < milliseconds * 1000000ull);
+}"""
+
+
+@pytest.mark.parametrize("B", [8, 16], ids=["room for all blocks", "no room"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda of: str(of)[6:])
+def test_beside_one_that_holds_multiprocessors(
+    dtype: torch.dtype, B: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another kernel has 60 of them, with all their shared memory, for five seconds: as long as it
+    takes, no block takes the others for lost."""
+    pytest.importorskip("torch.utils.cpp_extension", reason="torch's NVRTC wrapper needs it")
+    monkeypatch.setattr("torch.utils.cpp_extension.include_paths", lambda *_: [])
+    lstm, args = prepared(Options(I=65, H=768, T=20, B=B), dtype)
+    expected = everything(lstm, args)
+    device = torch.cuda.get_device_properties(DEVICE)
+    hold = torch.cuda._compile_kernel(HOLD, "hold")
+    hold.set_shared_memory_config(device.shared_memory_per_block_optin)  # one block in each
+    blocks = min(60, device.multi_processor_count // 2)
+    holder = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(holder):
+        hold((blocks, 1, 1), (1024, 1, 1), [5000], device.shared_memory_per_block_optin)
+    found = everything(lstm, args)
+    assert not holder.query(), "it held them too short"
+    assert_same_bits(found, expected)

@@ -108,6 +108,11 @@ def test_contract(test: Callable[..., None], arguments: tuple[Any, ...]) -> None
         test(*arguments)
 
 
+def test_beside_one_that_holds_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
+    with backend("triton"):
+        contract.test_beside_one_that_holds_multiprocessors(torch.bfloat16, 16, monkeypatch)
+
+
 def test_forcing() -> None:
     """The backward is of the backend that ran the forward."""
     lstm = FusedLSTM(4, 5, device="cuda")
