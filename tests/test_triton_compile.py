@@ -191,6 +191,21 @@ def test_weights_stay(tmp_path: Path) -> None:
     assert not re.search(r"(atom|red).global\S*\.b?f(16|32|64)", ptx)
 
 
+@pytest.mark.parametrize("H", [768, 2048], ids=["split", "streamed"])
+@pytest.mark.parametrize("backward", [False, True], ids=["fwd", "bwd"])
+def test_exchange_is_ordered(backward: bool, H: int) -> None:
+    """A release and an acquire of one thread order the others' stores and loads only with a barrier
+    of the program in front of the one and behind the other."""
+    _, kernel = compiled("sm_90", backward, H, 16, bf16, False, 1, False)
+    ptx = re.sub(r"//.*|\.loc.*", "", kernel.asm["ptx"])
+    released = r"bar\.sync\s+0;[^@]*@%p\d+ (?:atom|red)\.global\.gpu\.release"
+    acquired = r"gpu\.acquire[^@]*@%p\d+ st\.shared[^@]*bar\.sync\s+0;"
+    assert len(re.findall(released, ptx)) == ptx.count("gpu.release") >= 1
+    assert len(re.findall(acquired, ptx)) == ptx.count("gpu.acquire") >= 1
+    # and what others wrote is read past the multiprocessor's own cache
+    assert re.search(r"ld\.global\.cg|cp\.async\.cg", ptx)
+
+
 def test_no_compilation_for_other_lengths_and_batches() -> None:
     from triton_driver import calls, no_gpu
 
