@@ -251,18 +251,15 @@ def test_autocast(name: str, cast: torch.dtype) -> None:
 def test_dtypes_under_autocast(
     cudnn: bool, weights: torch.dtype, input: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of nn.LSTM in bfloat16 with and without cuDNN; outputs, states, and gradients."""
+    """Those of nn.LSTM in bfloat16 with and without cuDNN."""
     monkeypatch.setattr(torch.backends.cudnn, "enabled", cudnn)
     stock = nn.LSTM(17, 65, device=DEVICE, dtype=weights)
-    lstm = FusedLSTM.from_torch(stock)
-    x = torch.randn(9, 5, 17, device=DEVICE, dtype=input, requires_grad=True)
+    x = torch.randn(9, 5, 17, device=DEVICE, dtype=input)
     found = []
     with torch.autocast(DEVICE, torch.bfloat16):
-        for module in (lstm, stock):
+        for module in (FusedLSTM.from_torch(stock), stock):
             output, (h_n, c_n) = module(x)
-            loss = output.float().sum() + h_n.float().sum() + c_n.float().sum()
-            grads = torch.autograd.grad(loss, [x, *module.parameters()])
-            found.append([tensor.dtype for tensor in (output, h_n, c_n, *grads)])
+            found.append([tensor.dtype for tensor in (output, h_n, c_n)])
     assert found[0] == found[1]
 
 
