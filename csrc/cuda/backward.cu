@@ -38,8 +38,17 @@ struct Saved {
   T gate[4], c, c_before, grad_output;  // c_before: of the direction's own step before
 };
 
-// The sum and those of the warps for the same cell, `copy` floats apart.
-FUSED_LSTM_DEVICE float gather(float sum, const float* partials, int copy, int warps) {
+// The warps' sums for the same cell, `copy` floats apart: kWarps of them, or (0) as many as
+// `warps`.
+template <int kWarps>
+FUSED_LSTM_DEVICE float gather(const float* partials, int copy, int warps) {
+  if constexpr (kWarps > 0) {
+    float part[kWarps];
+#pragma unroll
+    for (int k = 0; k < kWarps; ++k) part[k] = load_element(partials + k * copy);
+    return sum_of(part);
+  }
+  float sum = 0;
   for (int k = 0; k < warps; ++k) sum += load_element(partials + k * copy);
   return sum;
 }
@@ -76,25 +85,26 @@ FUSED_LSTM_DEVICE int64_t grad_output_row(const BackwardDirection& from, const E
 
 // Into L2, some steps ahead, what this block's cells will take from memory, and of a team the words
 // that it will publish: see forward.cu. c is wanted a step earlier, as c_before.
-template <class T, bool kAlone, int kRows>
-FUSED_LSTM_DEVICE void prefetch_step(const BackwardDirection& given, const Extent& extent,
-                                     const Walk& walk, int unit, int units, int padded) {
-  const int H = extent.H;
-  const Rows then = walk.later(kStepsPrefetched);
-  const Strip strip(then, walk.row_0, kRows, unit, units, H);
-  strip.prefetch(static_cast<const T*>(given.gates), 4 * H, 4, H);
-  if (!kAlone) strip.prefetch(static_cast<const T*>(given.dgates), 4 * padded, 4, padded);
-  if (given.grad_output && strip.any) {
-    const int64_t at =
-        grad_output_row(given, extent, walk.s + kStepsPrefetched, then, strip.row - then.first);
-    strip.prefetch_row(static_cast<const T*>(given.grad_output) + at, 1, 0);
+template <class T, bool kAlone>
+FUSED_LSTM_DEVICE void prefetch_cell(const BackwardDirection& given, const Extent& extent, int step,
+                                     const Rows& then, int b, int unit, int padded) {
+  if (b >= then.count) return;
+  const int H = extent.H, r = then.first + b;
+  const T* const gates = row_of(static_cast<const T*>(given.gates), r, 4 * H) + unit;
+  const T* const dgates = row_of(static_cast<const T*>(given.dgates), r, 4 * padded) + unit;
+#pragma unroll
+  for (int gate = 0; gate < 4; ++gate) {
+    prefetch(gates + gate * H);
+    if (!kAlone) prefetch(dgates + gate * padded);
   }
-  const Strip before(walk.later(kStepsPrefetched + 1), walk.row_0, kRows, unit, units, H);
-  before.prefetch(static_cast<const T*>(given.cells), H, 1, 0);
+  prefetch(row_of(static_cast<const T*>(given.cells), r, H) + unit);
+  if (given.grad_output)
+    prefetch(static_cast<const T*>(given.grad_output) +
+             grad_output_row(given, extent, step, then, b) + unit);
 }
 
 template <Operands kOperands, bool kAlone, int NT>
-FUSED_LSTM_KERNEL(kAlone ? 512 : 256)
+FUSED_LSTM_KERNEL(256)
 backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
   using S = Storage<kOperands>;
   using T = typename S::Type;
@@ -102,6 +112,8 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
   constexpr int kRows = 8 * NT;
   constexpr int kCells = kAlone ? 2 : 1;  // of a thread
   constexpr bool kFast = sizeof(T) == 2;
+  // Half of the threads have cells, the others serve them (plan.h).
+  constexpr bool kServed = !kAlone && NT == 1;
   const Tiling& tiling = params.tiling;
   const Extent& extent = params.extent;
   const Place place(tiling);
@@ -121,12 +133,15 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
   Weights<1, kRegisterChunks<kBackward, kAlone, kOperands>> weights;
   weights.load(params.direction[place.direction].weights, tiling, shared);
 
-  // This thread's cells: one unit, and the same rows of each tile.
-  const int mu = kAlone ? warp : thread / 8 / kRows, block_unit = 8 * mu + thread % 8;
-  const int row = kAlone ? lane / 8 : thread / 8 % kRows;  // and the fourth from there
+  // This thread's cells: one unit, and the same rows of each tile. Of a thread that serves, those
+  // of the one that it serves.
+  const bool serves = kServed && thread >= owners;
+  const int of = kServed ? thread % owners : thread;
+  const int mu = kAlone ? warp : of / 8 / kRows, block_unit = 8 * mu + of % 8;
+  const int row = kAlone ? lane / 8 : of / 8 % kRows;  // and the fourth from there
   const int unit = slice * units + block_unit;
-  const bool mine = 8 * mu < units, real = mine && unit < H;
-  for (int tile = 0; mine && tile < tiling.tiles; ++tile) {
+  const bool mine = 8 * mu < units, real = mine && unit < H, owner = mine && !serves;
+  for (int tile = 0; owner && tile < tiling.tiles; ++tile) {
 #pragma unroll
     for (int i = 0; i < kCells; ++i) {
       const int b = (tile * tiling.groups + place.group) * kRows + row + 4 * i;
@@ -144,86 +159,168 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
     block_barrier();
   }
 
+  // As in forward.cu: what does not wait for other blocks is done while their words are on the way.
+  using Source =
+      std::conditional_t<kAlone, SharedStates<kOperands, NT>, PublishedStates<kOperands, 1, NT>>;
+  Source source;
+  Words state[Source::kAhead][NT];
+  constexpr int kColumns = kChunkBytes / int(sizeof(T));
+  const int column = warp_k * tiling.chunks * kColumns + (kAlone ? 0 : lane % 4 * (kColumns / 4));
   Walk walk(extent, tiling, place.group * kRows, tiling.groups * kRows, !given.reverse);
-  Saved<T> saved[kCells] = {};
-  const auto load_ahead = [&](const BackwardDirection& from) {
-    if (!real) return;
-    const Rows after = walk.after();
+  if constexpr (!kAlone) {
+    source.all = static_cast<const char*>(given.dgates);
+    source.stage = shared + tiling.states + warp * 2 * kRows * kChunkBytes;
+  }
+  struct Aim {
+    int rows[NT], limits[NT];
+  };
+  const auto aim = [&] {
+    Aim aim{};
+    if constexpr (!kAlone) {
+      const Turn& turn = walk.turn();
+      const int within = (tiling.columns - column + kColumns - 1) / kColumns;
+      const int row_words = 4 * padded * int(sizeof(T)) / 16;
 #pragma unroll
-    for (int i = 0; i < kCells; ++i) {
-      const int b = walk.row_0 + row + 4 * i;
-      if (b >= walk.now.count) continue;
-      const int64_t r = int64_t(walk.now.first) + b;
-      const T* gates = static_cast<const T*>(from.gates) + r * 4 * H + unit;
+      for (int nt = 0; nt < NT; ++nt) {
+        const int b = turn.row_0 + 8 * nt + lane / 4;
+        aim.rows[nt] = (turn.before.first + b) * row_words + column * int(sizeof(T)) / 16;
+        aim.limits[nt] =
+            b < turn.before.count && b < turn.now.count ? smaller(within, weights.chunks) : 0;
+      }
+    }
+    return aim;
+  };
+  const auto fetch = [&](const Aim& aim) {
+    if constexpr (!kAlone) {
 #pragma unroll
-      for (int gate = 0; gate < 4; ++gate) saved[i].gate[gate] = load_element(gates + gate * H);
-      const T* all_c = static_cast<const T*>(from.cells) + unit;
-      saved[i].c = load_element(all_c + r * H);
-      saved[i].c_before = b < after.count ? load_element(all_c + (int64_t(after.first) + b) * H)
-                                          : static_cast<const T*>(from.c_0)[int64_t(b) * H + unit];
-      if (!from.grad_output) continue;
-      const int64_t at = grad_output_row(from, extent, walk.s, walk.now, b);
-      saved[i].grad_output = load_element(static_cast<const T*>(from.grad_output) + at + unit);
+      for (int nt = 0; nt < NT; ++nt) {
+        source.rows[nt] = aim.rows[nt];
+        source.limits[nt] = aim.limits[nt];
+      }
+      source.fetch(0, weights.chunks, state);
     }
   };
 
+  // All of this thread's cells that does not wait for dh, and what comes to dh from outside.
+  Saved<T> saved[kCells];
+  const auto load_saved = [&](const Turn& turn) {
+    const BackwardDirection& from = params.direction[opaque(place.direction)].given;
+#pragma unroll
+    for (int i = 0; i < kCells; ++i) {
+      const int b = turn.row_0 + row + 4 * i;
+      saved[i] = {};
+      if (!real || b >= turn.now.count) continue;
+      const int r = turn.now.first + b;
+      const T* gates = row_of(static_cast<const T*>(from.gates), r, 4 * H) + unit;
+#pragma unroll
+      for (int gate = 0; gate < 4; ++gate) saved[i].gate[gate] = load_element(gates + gate * H);
+      const T* all_c = static_cast<const T*>(from.cells) + unit;
+      saved[i].c = load_element(row_of(all_c, r, H));
+      saved[i].c_before = b < turn.after.count
+                              ? load_element(row_of(all_c, turn.after.first + b, H))
+                              : row_of(static_cast<const T*>(from.c_0), b, H)[unit];
+      if (!from.grad_output) continue;
+      const int64_t at = grad_output_row(from, extent, turn.s, turn.now, b);
+      saved[i].grad_output = load_element(static_cast<const T*>(from.grad_output) + at + unit);
+    }
+  };
+  CellSlopes<float> slopes[kCells] = {};
+  float dh_given[kCells] = {};
+  const auto prepare = [&](const Turn& turn) {
+    const BackwardDirection& from = params.direction[opaque(place.direction)].given;
+#pragma unroll
+    for (int i = 0; i < kCells; ++i) {
+      const int b = turn.row_0 + row + 4 * i;
+      dh_given[i] = from.grad_output ? S::load(saved[i].grad_output) : 0;
+      if (from.grad_h_n && real && b < turn.now.count && b >= turn.before.count)
+        dh_given[i] += S::load(row_of(static_cast<const T*>(from.grad_h_n), b, H)[unit]);
+      float gate[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) gate[k] = S::load(saved[i].gate[k]);
+      slopes[i] = cell_slopes<kFast>(gate, S::load(saved[i].c), S::load(saved[i].c_before));
+    }
+  };
+  // One unit of eight does it for all of them: their cells lie in the same sectors.
+  const auto prefetch_cells = [&](const BackwardDirection& from, const Turn& turn) {
+    if (!real || unit % 8) return;
+    const int step = turn.s + kStepsPrefetched;
+    const Rows then = walk.rows(step);
+#pragma unroll
+    for (int i = 0; i < kCells; ++i)
+      prefetch_cell<T, kAlone>(from, extent, step, then, turn.row_0 + row + 4 * i, unit, padded);
+  };
+  Words* const handed = reinterpret_cast<Words*>(shared + tiling.handed);  // (2, 2, owners)
+  const auto hand_over = [&](const Turn& turn, int copy) {
+    prepare(turn);
+    Words* const to = handed + 2 * copy * owners + of;
+    const CellSlopes<float>& one = slopes[0];
+    store_words(to, {{float_bits(one.gate[0]), float_bits(one.gate[1]), float_bits(one.gate[2]),
+                      float_bits(one.gate[3])}});
+    store_words(to + owners,
+                {{float_bits(one.c), float_bits(one.forget), float_bits(dh_given[0]), 0}});
+  };
+  const auto take_over = [&](int copy) {
+    const Words* const from = handed + 2 * copy * owners + of;
+    const Words gates = load_words(from), rest = load_words(from + owners);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) slopes[0].gate[k] = bits_float(gates.word[k]);
+    slopes[0].c = bits_float(rest.word[0]);
+    slopes[0].forget = bits_float(rest.word[1]);
+    dh_given[0] = bits_float(rest.word[2]);
+  };
+
   bool more = walk.next();
-  if (more) load_ahead(given);
-  for (int turn = 0; more; turn ^= 1) {
+  const bool early = !kAlone && tiling.tiles > 1, late = !kAlone && !early;
+  if (more && early) fetch(aim());
+  if (more && serves) load_saved(walk.turn());
+  for (int copy = 0; more; copy ^= 1) {
+    const Turn turn = walk.turn();
     const BackwardTask& task = params.direction[opaque(place.direction)];
     const BackwardDirection& given = task.given;
+    if (!kServed) {
+      if (owner) load_saved(turn);
+      prefetch_cells(given, turn);
+      if (owner) prepare(turn);
+    }
+    if (serves) hand_over(turn, copy);
+    const Aim here = aim();
+    more = walk.next();
+    if (late) fetch(here);
+    if (serves) {
+      if (more) load_saved(walk.turn());
+      prefetch_cells(given, turn);
+    }
+    if constexpr (kAlone) {
+      source.rows = states + (2 * turn.tile + (turn.s & 1)) * states_copy + column * int(sizeof(T));
+      source.stride = tiling.state_stride;
+      source.fetch(0, weights.chunks, state);
+    }
     Sums<kOperands, 1, NT, (kAlone ? 1 : 4 / NT)> sums;
     sums.clear();
-    constexpr int kColumns = kChunkBytes / int(sizeof(T));
-    const int column = warp_k * tiling.chunks * kColumns;
-    if constexpr (kAlone) {
-      SharedStates<kOperands, NT> source;
-      source.rows = states + (2 * walk.tile + (walk.s & 1)) * states_copy + column * int(sizeof(T));
-      source.stride = tiling.state_stride;
-      multiply(sums, weights, task.weights, tiling, source);
-    } else {
-      const int lane_column = column + lane % 4 * (kColumns / 4);
-      PublishedStates<kOperands, NT> source;
-      source.chunks = (tiling.columns - lane_column + kColumns - 1) / kColumns;
-      source.all = static_cast<const char*>(given.dgates);
-      source.stage = shared + tiling.states + warp * 2 * kRows * kChunkBytes;
-#pragma unroll
-      for (int nt = 0; nt < NT; ++nt) {
-        const int b = walk.row_0 + 8 * nt + lane / 4;
-        const int row_words = 4 * padded * int(sizeof(T)) / 16;
-        source.rows[nt] =
-            b < walk.before.count && b < walk.now.count
-                ? (walk.before.first + b) * row_words + lane_column * int(sizeof(T)) / 16
-                : -1;
-      }
-      multiply(sums, weights, task.weights, tiling, source);
-    }
+    multiply(sums, weights, task.weights, tiling, source, state);
+    if (early && more) fetch(aim());
 
     // A team takes turns between two copies: see forward.cu.
     float* const partials = reinterpret_cast<float*>(shared + tiling.partials) +
-                            (kAlone ? 0 : turn * kWarpsInTeam * cells);
+                            (kAlone ? 0 : copy * kWarpsInTeam * cells);
     sums.each([&](int, int m, int n, float sum) {
       store_element(partials + warp_k * cells + partial_sum_of<NT>(warp_m * 16 + m, n), sum);
     });
     block_barrier();
 
-    if (mine) {  // the same for all lanes of a warp
-      // All cells first, without a branch: their latencies overlap.
+    if (owner) {
       CellGradient<float> found[kCells];
+      if (kServed) take_over(copy);
+      // All cells first, without a branch: their latencies overlap.
 #pragma unroll
       for (int i = 0; i < kCells; ++i) {
-        const int n = row + 4 * i, b = walk.row_0 + n;
-        const bool active = real && b < walk.now.count;
-        float dh = gather(given.grad_output ? S::load(saved[i].grad_output) : 0,
-                          partials + partial_sum_of<NT>(block_unit, n), cells, warps_k);
-        if (active && b >= walk.before.count && given.grad_h_n)
-          dh += S::load(static_cast<const T*>(given.grad_h_n)[int64_t(b) * H + unit]);
-        float gate[4];
-#pragma unroll
-        for (int k = 0; k < 4; ++k) gate[k] = S::load(saved[i].gate[k]);
-        const float dc = load_element(cell + (walk.tile * kCells + i) * owners + thread);
-        found[i] =
-            cell_gradient<kFast>(gate, S::load(saved[i].c), S::load(saved[i].c_before), dh, dc);
+        const int n = row + 4 * i;
+        const bool active = real && turn.row_0 + n < turn.now.count;
+        const float dh =
+            dh_given[i] + gather<(kAlone ? 0 : kWarpsInTeam)>(
+                              partials + partial_sum_of<NT>(block_unit, n), cells, warps_k);
+        const float dc = load_element(cell + (turn.tile * kCells + i) * owners + thread);
+        found[i] = cell_gradient(slopes[i], dh, dc);
 #pragma unroll
         for (int k = 0; k < 4; ++k)
           if (!active) found[i].gate[k] = 0;
@@ -231,16 +328,16 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
       // First what others wait for.
 #pragma unroll
       for (int i = 0; i < kCells; ++i) {
-        const int n = row + 4 * i, b = walk.row_0 + n;
-        const bool in_step = b < walk.now.count;
+        const int n = row + 4 * i, b = turn.row_0 + n;
+        const bool in_step = b < turn.now.count;
         Operand* const to =
-            static_cast<Operand*>(given.dgates) + (int64_t(walk.now.first) + b) * 4 * padded + unit;
+            row_of(static_cast<Operand*>(given.dgates), turn.now.first + b, 4 * padded) + unit;
         uint32_t word[4];
 #pragma unroll
         for (int k = 0; k < 4; ++k) word[k] = operand<kOperands>(found[i].gate[k]);
         if constexpr (kAlone) {
           char* const next =
-              states + (2 * walk.tile + (~walk.s & 1)) * states_copy + n * tiling.state_stride;
+              states + (2 * turn.tile + (~turn.s & 1)) * states_copy + n * tiling.state_stride;
           if (in_step && unit < padded) {
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
@@ -257,16 +354,13 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
       }
 #pragma unroll
       for (int i = 0; i < kCells; ++i) {
-        const int b = walk.row_0 + row + 4 * i;
-        if (!real || b >= walk.now.count) continue;
-        store_element(cell + (walk.tile * kCells + i) * owners + thread, found[i].dc_before);
-        if (b >= walk.after().count)  // the row's last step, its first in the direction's order
+        const int b = turn.row_0 + row + 4 * i;
+        if (!real || b >= turn.now.count) continue;
+        store_element(cell + (turn.tile * kCells + i) * owners + thread, found[i].dc_before);
+        if (b >= turn.after.count)  // the row's last step, its first in the direction's order
           static_cast<T*>(given.grad_c_0)[int64_t(b) * H + unit] = S::store(found[i].dc_before);
       }
     }
-    prefetch_step<T, kAlone, kRows>(given, extent, walk, slice * units, units, padded);
-    more = walk.next();
-    if (more) load_ahead(given);
     if (kAlone) block_barrier();  // dgates are written, and the partial sums read
   }
 }

@@ -53,11 +53,15 @@ struct Cells {
 // The sums for one cell's gates: what it is given, and the warps' partial sums, `copy` Words apart.
 template <int kWarps>
 FUSED_LSTM_DEVICE void gather(float (&sum)[4], const Words* partials, int copy) {
+  Words partial[kWarps];
 #pragma unroll
-  for (int k = 0; k < kWarps; ++k) {
-    const Words partial = load_words(partials + k * copy);
+  for (int k = 0; k < kWarps; ++k) partial[k] = load_words(partials + k * copy);
 #pragma unroll
-    for (int gate = 0; gate < 4; ++gate) sum[gate] += bits_float(partial.word[gate]);
+  for (int gate = 0; gate < 4; ++gate) {
+    float part[kWarps];
+#pragma unroll
+    for (int k = 0; k < kWarps; ++k) part[k] = bits_float(partial[k].word[gate]);
+    sum[gate] += sum_of(part);
   }
 }
 
@@ -75,34 +79,34 @@ FUSED_LSTM_DEVICE void publish_state(char* row, int unit, uint32_t word, bool wi
 // Into L2, some steps ahead: x W_ih^T of this block's units, which a long sequence has long pushed
 // out to memory, and the words that the block will publish, for the fill has been pushed out too
 // and who polls a word would wait for memory.
-template <class T, bool kAlone, int kRows>
-FUSED_LSTM_DEVICE void prefetch_step(const ForwardParams& params, const ForwardTask& task,
-                                     const Walk& walk, int unit, int units) {
-  const Rows then = walk.later(kStepsPrefetched);
-  const int H = params.extent.H;
-  const Strip strip(then, walk.row_0, kRows, unit, units, H);
-  strip.prefetch(static_cast<const T*>(task.given.gates), 4 * H, 4, H);
-  if (kAlone) return;
-  const int64_t row_0 = params.extent.B;
-  strip.prefetch(reinterpret_cast<const T*>(task.states + row_0 * params.states_stride),
-                 params.states_stride / int(sizeof(T)), 1, 0);
+template <class T, bool kAlone>
+FUSED_LSTM_DEVICE void prefetch_cell(const ForwardParams& params, const ForwardTask& task,
+                                     const Rows& then, int b, int unit) {
+  if (b >= then.count) return;
+  const int H = params.extent.H, r = then.first + b;
+  const T* const gates = row_of(static_cast<const T*>(task.given.gates), r, 4 * H) + unit;
+#pragma unroll
+  for (int gate = 0; gate < 4; ++gate) prefetch(gates + gate * H);
+  if (!kAlone)
+    prefetch(row_of(task.states, params.extent.B + r, params.states_stride) +
+             unit * int(sizeof(T)));
 }
 
 // What the step gives away of row r: the output, and for the backward gates and cells.
 template <class S>
-FUSED_LSTM_DEVICE void save(const ForwardDirection& to, bool gates_too, int64_t r, int H, int unit,
+FUSED_LSTM_DEVICE void save(const ForwardDirection& to, bool gates_too, int r, int H, int unit,
                             const Cell<float>& cell) {
   using T = typename S::Type;
-  store_element(static_cast<T*>(to.output) + r * to.output_stride + unit, S::store(cell.h));
+  store_element(row_of(static_cast<T*>(to.output), r, to.output_stride) + unit, S::store(cell.h));
   if (!gates_too) return;
-  T* const gates = static_cast<T*>(to.gates) + r * 4 * H + unit;
+  T* const gates = row_of(static_cast<T*>(to.gates), r, 4 * H) + unit;
 #pragma unroll
   for (int gate = 0; gate < 4; ++gate) store_element(gates + gate * H, S::store(cell.gate[gate]));
-  store_element(static_cast<T*>(to.cells) + r * H + unit, S::store(cell.c));
+  store_element(row_of(static_cast<T*>(to.cells), r, H) + unit, S::store(cell.c));
 }
 
 template <Operands kOperands, bool kAlone, int NT>
-FUSED_LSTM_KERNEL(kAlone ? 512 : 256)
+FUSED_LSTM_KERNEL(256)
 forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
   using S = Storage<kOperands>;
   using T = typename S::Type;
@@ -111,6 +115,8 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
   constexpr int kRows = 8 * NT;
   constexpr int kCells = kAlone ? 2 : 1;  // of a thread
   constexpr bool kFast = sizeof(T) == 2;
+  // Half of the threads have cells, the others serve them (plan.h).
+  constexpr bool kServed = !kAlone && NT == 1;
   const Tiling& tiling = params.tiling;
   const Extent& extent = params.extent;
   const Place place(tiling);
@@ -129,7 +135,10 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
   Weights<MT, kRegisterChunks<kForward, kAlone, kOperands>> weights;
   weights.load(params.direction[place.direction].weights, tiling, shared);
 
-  const Cells<kAlone, NT> own(thread, slice, units, H);
+  const bool serves = kServed && thread >= cells;
+  // Of a thread that serves, those of the one that it serves.
+  const Cells<kAlone, NT> own(kServed ? thread % cells : thread, slice, units, H);
+  const bool owner = own.mine && !serves;
   for (int k = thread; k < units; k += thread_count()) {
     const int at = slice * units + k;
     Words bias{};
@@ -141,7 +150,7 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
     }
     store_words(biases + k, bias);
   }
-  for (int tile = 0; own.mine && tile < tiling.tiles; ++tile) {
+  for (int tile = 0; owner && tile < tiling.tiles; ++tile) {
 #pragma unroll
     for (int i = 0; i < kCells; ++i) {
       const int b = (tile * tiling.groups + place.group) * kRows + own.row + 4 * i;
@@ -167,118 +176,222 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
   }
   block_barrier();
 
+  // Everything of a step that others don't wait for is done while what they publish is on its way:
+  // x is loaded, the step before saved, and L2 asked for what comes. Behind the publication it took
+  // 1,100 cycles of a step's 2,900, before the first look at what the others had published.
+  using Source =
+      std::conditional_t<kAlone, SharedStates<kOperands, NT>, PublishedStates<kOperands, MT, NT>>;
+  Source source;
+  Words state[Source::kAhead][NT];
+  constexpr int kColumns = kChunkBytes / int(sizeof(T));
+  const int column = warp * tiling.chunks * kColumns + lane % 4 * (kColumns / 4);
   Walk walk(extent, tiling, place.group * kRows, tiling.groups * kRows, given.reverse);
-  T x[kCells][4];  // x W_ih^T of this thread's cells, loaded a tile ahead
-  const auto load_ahead = [&](const ForwardDirection& from, const Cells<kAlone, NT>& of) {
+  if constexpr (!kAlone) {
+    source.all = params.direction[place.direction].states;
+    source.stage = shared + tiling.states + warp * 2 * kRows * kChunkBytes;
+  }
+  // To the next tile; what it multiplies sets out, if it has to.
+  struct Aim {
+    int rows[NT], limits[NT];
+  };
+  const auto aim = [&] {
+    Aim aim{};
+    if constexpr (!kAlone) {
+      const Turn& turn = walk.turn();
+      const int within = (tiling.columns - column + kColumns - 1) / kColumns;
 #pragma unroll
-    for (int i = 0; i < kCells; ++i) {
-      const int b = walk.row_0 + of.row + 4 * i;
-      if (!of.real || b >= walk.now.count) continue;
-      const T* gates = static_cast<const T*>(from.gates) + int64_t(walk.now.first + b) * 4 * H;
+      for (int nt = 0; nt < NT; ++nt) {
+        const int b = turn.row_0 + 8 * nt + lane / 4;
+        const int from = b < turn.before.count ? extent.B + turn.before.first + b : b;
+        aim.rows[nt] = from * (params.states_stride / 16) + column * int(sizeof(T)) / 16;
+        aim.limits[nt] = b < turn.now.count ? smaller(within, weights.chunks) : 0;
+      }
+    }
+    return aim;
+  };
+  const auto fetch = [&](const Aim& aim) {
+    if constexpr (!kAlone) {
 #pragma unroll
-      for (int gate = 0; gate < 4; ++gate) x[i][gate] = load_element(gates + gate * H + of.unit);
+      for (int nt = 0; nt < NT; ++nt) {
+        source.rows[nt] = aim.rows[nt];
+        source.limits[nt] = aim.limits[nt];
+      }
+      source.fetch(0, weights.chunks, state);
     }
   };
 
+  using X = T[kCells][4];  // x W_ih^T of this thread's cells
+  const auto load_x = [&](const Turn& turn, X& x) {
+#pragma unroll
+    for (int i = 0; i < kCells; ++i) {
+      const int b = turn.row_0 + own.row + 4 * i;
+      if (!own.real || b >= turn.now.count) continue;
+      const ForwardDirection& from = params.direction[opaque(place.direction)].given;
+      const T* gates = row_of(static_cast<const T*>(from.gates), turn.now.first + b, 4 * H);
+#pragma unroll
+      for (int gate = 0; gate < 4; ++gate) x[i][gate] = load_element(gates + gate * H + own.unit);
+    }
+  };
+
+  const auto save_cell = [&](int r, const Cell<float>& of) {
+    save<S>(params.direction[opaque(place.direction)].given, params.save, r, H, own.unit, of);
+  };
+
+  // One unit of eight does it for all of them: their cells lie in the same sectors.
+  const auto prefetch_cells = [&](const ForwardTask& task, const Turn& turn) {
+    if (!own.real || own.u) return;
+    const Rows then = walk.rows(turn.s + kStepsPrefetched);
+#pragma unroll
+    for (int i = 0; i < kCells; ++i)
+      prefetch_cell<T, kAlone>(params, task, then, turn.row_0 + own.row + 4 * i, own.unit);
+  };
+
+  // What the halves of the block hand each other, each cell's.
+  Words* const handed_sums = reinterpret_cast<Words*>(shared + tiling.handed);  // (2, cells)
+  Words* const handed_cells = handed_sums + 2 * cells;                          // (2, 2, cells)
+  const auto begin_sums = [&](const X& x, const Turn& turn, int i, float (&sum)[4]) {
+    const Words bias = load_words(biases + 8 * own.mu + own.u);
+    const bool active = own.real && turn.row_0 + own.row + 4 * i < turn.now.count;
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate)
+      sum[gate] = bits_float(bias.word[gate]) + (active ? S::load(x[i][gate]) : 0);
+  };
+  const auto hand_sums = [&](const X& x, const Turn& turn, int copy) {
+    float sum[4];
+    begin_sums(x, turn, 0, sum);
+    store_words(handed_sums + copy * cells + thread % cells,
+                {{float_bits(sum[0]), float_bits(sum[1]), float_bits(sum[2]), float_bits(sum[3])}});
+  };
+  const auto hand_cell = [&](const Cell<float>& of, int copy) {
+    Words* const to = handed_cells + 2 * copy * cells + thread;
+    store_words(to, {{float_bits(of.gate[0]), float_bits(of.gate[1]), float_bits(of.gate[2]),
+                      float_bits(of.gate[3])}});
+    store_words(to + cells, {{float_bits(of.c), float_bits(of.h), 0, 0}});
+  };
+  const auto take_cell = [&](int copy) {
+    const Words* const from = handed_cells + 2 * copy * cells + thread % cells;
+    const Words gates = load_words(from), rest = load_words(from + cells);
+    Cell<float> of;
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) of.gate[gate] = bits_float(gates.word[gate]);
+    of.c = bits_float(rest.word[0]);
+    of.h = bits_float(rest.word[1]);
+    return of;
+  };
+
   bool more = walk.next();
-  if (more) load_ahead(given, own);
-  for (int turn = 0; more; turn ^= 1) {
+  const bool early = !kAlone && tiling.tiles > 1, late = !kAlone && !early;
+  if (more && early) fetch(aim());
+  if (more && serves) {
+    X x;
+    load_x(walk.turn(), x);
+    hand_sums(x, walk.turn(), 0);
+  }
+  int unsaved = -1;  // the row whose cell the other half has handed over
+  for (int copy = 0; more; copy ^= 1) {
+    const Turn turn = walk.turn();
     const ForwardTask& task = params.direction[opaque(place.direction)];
     const ForwardDirection& given = task.given;
+    X x;
+    if (!kServed && owner) load_x(turn, x);
+    if (!kServed) prefetch_cells(task, turn);
+    const Aim here = aim();
+    more = walk.next();
+    if (late) fetch(here);
+    if (serves) prefetch_cells(task, turn);
+    if constexpr (kAlone) {
+      source.rows = states + (2 * turn.tile + (turn.s & 1)) * states_copy;
+      source.stride = tiling.state_stride;
+      source.fetch(0, weights.chunks, state);
+    }
     Sums<kOperands, MT, NT, 1> sums;
     sums.clear();
-    if constexpr (kAlone) {
-      SharedStates<kOperands, NT> source;
-      source.rows = states + (2 * walk.tile + (walk.s & 1)) * states_copy;
-      source.stride = tiling.state_stride;
-      multiply(sums, weights, task.weights, tiling, source);
-    } else {
-      constexpr int kColumns = kChunkBytes / int(sizeof(T));
-      const int column = warp * tiling.chunks * kColumns + lane % 4 * (kColumns / 4);
-      PublishedStates<kOperands, NT> source;
-      source.chunks = (tiling.columns - column + kColumns - 1) / kColumns;
-      source.all = task.states;
-      source.stage = shared + tiling.states + warp * 2 * kRows * kChunkBytes;
-#pragma unroll
-      for (int nt = 0; nt < NT; ++nt) {
-        const int b = walk.row_0 + 8 * nt + lane / 4;
-        const int from = b < walk.before.count ? extent.B + walk.before.first + b : b;
-        source.rows[nt] = b < walk.now.count
-                              ? from * (params.states_stride / 16) + column * int(sizeof(T)) / 16
-                              : -1;
-      }
-      multiply(sums, weights, task.weights, tiling, source);
-    }
+    multiply(sums, weights, task.weights, tiling, source, state);
+    // With several tiles, what the next one multiplies was published long ago: it comes during the
+    // cells. With one, it can't be there before this block has published its own.
+    if (early && more) fetch(aim());
 
     // A team takes turns between two copies: what is read here is written again only after the
     // barrier of the next tile, which no thread reaches before it has read.
-    const int copy = units * kRows;  // Words
+    const int all = units * kRows;  // Words
     Words* const partials = reinterpret_cast<Words*>(shared + tiling.partials) +
-                            (kAlone ? 0 : turn * kWarpsInTeam * copy);
+                            (kAlone ? 0 : copy * kWarpsInTeam * all);
+
     sums.each_unit([&](int mu, int u, int n, const Words& gates) {
-      store_words(partials + (kAlone ? 0 : warp * copy) +
-                      partial_sum_of<NT>((kAlone ? warp : 0) + mu, u, n),
-                  gates);
+      store_words(
+          partials + (kAlone ? 0 : warp * all) + partial_sum_of<NT>((kAlone ? warp : 0) + mu, u, n),
+          gates);
     });
     if (kAlone)
       warp_barrier();
     else
       block_barrier();
 
-    // The same again: they would take registers that the product needs.
-    const Cells<kAlone, NT> own(opaque(thread), slice, units, H);
-    if (own.mine) {
-      // All cells first, without a branch: their latencies overlap.
+    // In tf32 the same again: they would take registers that the product needs.
+    const int of = kServed && kOperands == kTf32 ? opaque(thread) : thread;
+    const Cells<kAlone, NT> own(kServed ? of % cells : of, slice, units, H);
+    if (owner) {
       Cell<float> found[kCells];
-      const Words bias = load_words(biases + 8 * own.mu + own.u);
+      // All cells first, without a branch: their latencies overlap.
 #pragma unroll
       for (int i = 0; i < kCells; ++i) {
-        const bool active = own.real && walk.row_0 + own.row + 4 * i < walk.now.count;
         float sum[4];
+        if constexpr (kServed) {
+          const Words begun = load_words(handed_sums + copy * cells + thread);
 #pragma unroll
-        for (int gate = 0; gate < 4; ++gate)
-          sum[gate] = bits_float(bias.word[gate]) + (active ? S::load(x[i][gate]) : 0);
+          for (int gate = 0; gate < 4; ++gate) sum[gate] = bits_float(begun.word[gate]);
+        } else {
+          begin_sums(x, turn, i, sum);
+        }
         gather<(kAlone ? 1 : kWarpsInTeam)>(
-            sum, partials + partial_sum_of<NT>(own.mu, own.u, own.row + 4 * i), copy);
-        const float c = load_element(cell + (walk.tile * kCells + i) * cells + thread);
+            sum, partials + partial_sum_of<NT>(own.mu, own.u, own.row + 4 * i), all);
+        const float c = load_element(cell + (turn.tile * kCells + i) * cells + thread);
         found[i] = update_cell<kFast>(sum, c);
         if (!own.real) found[i].h = 0;
       }
       // First what others wait for.
 #pragma unroll
       for (int i = 0; i < kCells; ++i) {
-        const int n = own.row + 4 * i, b = walk.row_0 + n;
+        const int n = own.row + 4 * i, b = turn.row_0 + n;
         const uint32_t word = operand<kOperands>(found[i].h);
         if constexpr (kAlone) {
-          char* next = states + (2 * walk.tile + (~walk.s & 1)) * states_copy;
-          if (own.real && b < walk.now.count)
+          char* next = states + (2 * turn.tile + (~turn.s & 1)) * states_copy;
+          if (own.real && b < turn.now.count)
             store_element(
                 reinterpret_cast<Operand*>(next + n * tiling.state_stride +
                                            turned<kOperands>(n, own.unit * int(sizeof(T)))),
                 Operand(word));
         } else {
           char* const row =
-              task.states + (extent.B + int64_t(walk.now.first) + b) * params.states_stride;
+              row_of(task.states, extent.B + turn.now.first + b, params.states_stride);
           // Columns beyond H, up to the row's end, are read too.
           publish_state<T>(row, own.unit, word,
-                           b < walk.now.count && own.unit * int(sizeof(T)) < params.states_stride);
+                           b < turn.now.count && own.unit * int(sizeof(T)) < params.states_stride);
         }
       }
 #pragma unroll
       for (int i = 0; i < kCells; ++i) {
-        const int b = walk.row_0 + own.row + 4 * i;
-        if (!own.real || b >= walk.now.count) continue;
-        store_element(cell + (walk.tile * kCells + i) * cells + thread, found[i].c);
-        save<S>(given, params.save, int64_t(walk.now.first) + b, H, own.unit, found[i]);
-        if (b >= walk.after().count) {  // the row's last step
+        const int b = turn.row_0 + own.row + 4 * i;
+        if (!own.real || b >= turn.now.count) continue;
+        store_element(cell + (turn.tile * kCells + i) * cells + thread, found[i].c);
+        if (b >= turn.after.count) {  // the row's last step
           static_cast<T*>(given.h_n)[int64_t(b) * H + own.unit] = S::store(found[i].h);
           static_cast<T*>(given.c_n)[int64_t(b) * H + own.unit] = S::store(found[i].c);
         }
+        if (kServed && more)
+          hand_cell(found[i], copy);
+        else
+          save_cell(turn.now.first + b, found[i]);
       }
+    } else if (serves) {
+      // What these threads' cells found in the tile before, and what they begin the next one with.
+      X next;
+      if (more) load_x(walk.turn(), next);
+      if (unsaved >= 0) save_cell(unsaved, take_cell(copy ^ 1));
+      const int b = turn.row_0 + own.row;
+      unsaved = own.real && b < turn.now.count ? turn.now.first + b : -1;
+      if (more) hand_sums(next, walk.turn(), copy ^ 1);
     }
-    prefetch_step<T, kAlone, kRows>(params, task, walk, slice * units, units);
-    more = walk.next();
-    if (more) load_ahead(given, own);
     if (kAlone) block_barrier();  // h is written
   }
 }

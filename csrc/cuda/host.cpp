@@ -102,7 +102,7 @@ ForwardDirection forward_direction(const ForwardCall& call, int64_t d, const at:
           data(gates),
           part(results.cells, d),
           columns(results.output, d * layer.P),
-          layer.directions * layer.P,
+          int32_t(layer.directions * layer.P),
           part(results.h_n, d),
           part(results.c_n, d),
           d == 1};

@@ -36,7 +36,7 @@ struct ForwardDirection {
   void* gates;            // (N, 4H) in: x W_ih^T; out, where they are saved: activated gates
   void* cells;            // (N, H) c_t, null where nothing is saved
   void* output;           // (N, H), rows output_stride apart
-  int64_t output_stride;
+  int32_t output_stride;
   void* h_n;  // (B, H)
   void* c_n;  // (B, H)
   bool reverse;

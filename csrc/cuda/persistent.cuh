@@ -19,7 +19,7 @@ struct Tiling {
   int columns;     // of the recurrent weights' rows that are multiplied: H, or 4 padded H backward
   int all_chunks;  // of 64 bytes, that these columns make
   int padded;      // H rounded up to the units of one published word
-  int partials, bias, cell, states, state_stride;
+  int partials, bias, cell, handed, states, state_stride;
 };
 
 struct ForwardTask {
@@ -84,6 +84,27 @@ auto with_operands(Operands operands, Run run) {
   }
 }
 
+FUSED_LSTM_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
+
+// Row r of a matrix whose rows are `stride` elements apart: one multiplication of 32 bits by 32.
+template <class T>
+FUSED_LSTM_DEVICE T* row_of(T* matrix, int r, int stride) {
+  return matrix + int64_t(r) * stride;
+}
+
+// The sum of a power of two of parts, in a fixed order: as a tree, where each waits for less.
+template <int kCount>
+FUSED_LSTM_DEVICE float sum_of(const float (&part)[kCount]) {
+  if constexpr (kCount == 1) {
+    return part[0];
+  } else {
+    float half[kCount / 2];
+#pragma unroll
+    for (int k = 0; k < kCount / 2; ++k) half[k] = part[2 * k] + part[2 * k + 1];
+    return sum_of(half);
+  }
+}
+
 // Where a block stands: its direction, its team there, and its slice of the hidden units.
 struct Place {
   int direction, group, slice;
@@ -98,91 +119,63 @@ struct Place {
 // How far ahead of their use the loads of a step are asked of memory: some 4 us.
 constexpr int kStepsPrefetched = 4;
 
-// A block's units of the rows of one tile, for prefetching: which sectors, is shared out over the
-// block's threads, the last ones first, for they have no cells and wait.
-struct Strip {
-  static constexpr int kSectorBytes = 32;
-  int64_t row;  // that this thread takes
-  bool any;
-  int first, rows, unit, units;  // this thread's first sector of each row, of how many
-
-  FUSED_LSTM_DEVICE Strip(const Rows& step, int row_0, int rows_of_tile, int first_unit,
-                          int of_block, int H) {
-    const int worker = thread_count() - 1 - thread_index(), b = row_0 + worker % rows_of_tile;
-    row = int64_t(step.first) + b;
-    any = b < step.count;
-    first = worker / rows_of_tile;
-    rows = thread_count() / rows_of_tile;
-    unit = first_unit;
-    units = H - first_unit < of_block ? H - first_unit : of_block;
-  }
-
-  // Of a tensor whose rows are `stride` elements apart, from each of its parts, `part_stride`
-  // apart.
-  template <class T>
-  FUSED_LSTM_DEVICE void prefetch(const T* tensor, int64_t stride, int parts,
-                                  int part_stride) const {
-    if (any) prefetch_row(tensor + row * stride, parts, part_stride);
-  }
-  template <class T>
-  FUSED_LSTM_DEVICE void prefetch_row(const T* of_row, int parts, int part_stride) const {
-    const int sectors = (units * int(sizeof(T)) + kSectorBytes - 1) / kSectorBytes;
-    const char* const at = reinterpret_cast<const char*>(of_row + unit);
-    for (int k = first; k < parts * sectors; k += rows)
-      cuda::prefetch(at + k % parts * part_stride * int(sizeof(T)) + k / parts * kSectorBytes);
-  }
+// One tile of the batch in one step: what the walk comes to.
+struct Turn {
+  int s, tile, row_0;       // step, tile of the team, and the tile's first row of the batch
+  Rows before, now, after;  // of steps s - 1, s and s + 1; none where there is no such step
 };
 
 // The steps in the order they are run in, and in each the batch tiles of one team: one tile at
 // first_row, the others each `stride` rows further. With the teams in turn between them, each team
-// has long and short sequences alike.
-struct Walk {
-  int s, tile, row_0;  // step, tile of the team, and the tile's first row of the batch
-  Rows before, now;    // rows of step s - 1, none before the first, and of step s
-
+// has long and short sequences alike. The rows of a step are looked up a step ahead: for a packed
+// sequence that is a load, for which nobody waits then.
+class Walk {
+ public:
   FUSED_LSTM_DEVICE Walk(const Extent& extent, const Tiling& tiling, int first_row, int stride,
                          bool descending)
-      : s(-1),
-        tile(0),
-        row_0(0),
-        before{0, 0},
-        now{0, 0},
-        extent_(extent),
+      : extent_(extent),
         tiling_(tiling),
         first_row_(first_row),
         stride_(stride),
-        descending_(descending) {}
+        descending_(descending),
+        turn_{-1, tiling.tiles, first_row, {0, 0}, {0, 0}, rows(0)} {}
+
+  FUSED_LSTM_DEVICE const Turn& turn() const { return turn_; }
 
   // Goes on to the next tile that has rows; false past the last.
   FUSED_LSTM_DEVICE bool next() {
-    ++tile;
-    row_0 += stride_;
-    while (tile >= tiling_.tiles || row_0 >= now.count) {
-      if (++s >= extent_.T) return false;
-      before = now;
-      now = rows(s);
-      tile = 0;
-      row_0 = first_row_;
+    ++turn_.tile;
+    turn_.row_0 += stride_;
+    while (turn_.tile >= tiling_.tiles || turn_.row_0 >= turn_.now.count) {
+      if (++turn_.s >= extent_.T) return false;
+      turn_.before = turn_.now;
+      turn_.now = turn_.after;
+      turn_.after = rows(turn_.s + 1);
+      turn_.tile = 0;
+      turn_.row_0 = first_row_;
     }
     return true;
   }
 
-  FUSED_LSTM_DEVICE Rows after() const { return later(1); }
-  FUSED_LSTM_DEVICE Rows later(int steps) const {
-    return s + steps < extent_.T ? rows(s + steps) : Rows{0, 0};
-  }
-
- private:
+  // Of a step, in the order they are run in; none past the last.
   FUSED_LSTM_DEVICE Rows rows(int step) const {
+    if (step >= extent_.T) return {0, 0};
     const int t = descending_ ? extent_.T - 1 - step : step;
-    if (extent_.steps) return extent_.steps[t];
+    if (extent_.steps) {
+      // Both are made use of here, so waited for here: where the branches meet again every call
+      // would wait, not only for this load but for those that poll, as they share a scoreboard.
+      const Rows found = extent_.steps[t];
+      return {smaller(found.count, extent_.B), found.first & INT32_MAX};
+    }
     return {extent_.B, t * extent_.B};
   }
 
+ private:
   const Extent& extent_;
   const Tiling& tiling_;
   int first_row_, stride_;
   bool descending_;
+  Turn turn_;
 };
 
 }  // namespace fused_lstm::cuda

@@ -26,7 +26,8 @@ void lay_out_shared_memory(Plan& p, int columns, int shared_chunks) {
   p.partials = shared_chunks * row_tiles(p) * warps * kFragmentBytes;
   p.bias = p.partials + copies * p.warps_k * cells * (p.pass == kForward ? 16 : 4);
   p.cell = p.bias + (p.pass == kForward ? p.units * 16 : 0);
-  p.states = p.cell + p.tiles * cells * 4;
+  p.handed = (p.cell + p.tiles * cells * 4 + 15) / 16 * 16;
+  p.states = p.handed + (is_served(p.alone, p.tile_rows) ? cells * handed_bytes(p.pass) : 0);
   if (p.alone) {
     // An odd number of chunks: two neighbouring rows then lie in different halves of the banks.
     p.state_stride = (weight_chunks(p.operands, columns) | 1) * kChunkBytes;
@@ -54,7 +55,7 @@ Plan cut(Plan p, const Device& device, int B, int H, int columns) {
   const int all_chunks = weight_chunks(p.operands, columns);
   if (p.alone) {
     p.warps_m = ceil_div(H, p.pass == kForward ? 8 : 16);
-    p.warps_k = p.pass == kForward ? 1 : std::max(2, std::min({8, 16 / p.warps_m, all_chunks}));
+    p.warps_k = p.pass == kForward ? 1 : std::max(2, std::min(8 / p.warps_m, all_chunks));
     p.units = p.warps_m * (p.pass == kForward ? 8 : 16);
     p.slices = 1;
   } else {

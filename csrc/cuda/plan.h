@@ -37,25 +37,32 @@ inline int weight_chunks(Operands operands, int columns) {
 }
 
 // Chunks of weights that a warp keeps in registers: as many as leave room for the rest of what a
-// thread needs among its 255 (alone 128) registers: what is in flight of the states too, which
+// thread needs among its 255 registers: what is in flight of the states too, which
 // backward is a team's whole share up to H 1024 in 16 bits (product.cuh). nvcc's report decides:
 // nothing may spill.
 constexpr int register_chunks(Pass pass, bool alone, Operands operands) {
-  if (pass == kForward) return operands != kF32 ? 4 : alone ? 1 : 3;
-  if (operands != kF32) return alone ? 6 : 12;
-  return alone ? 1 : 12;
+  if (alone) return pass == kForward ? 4 : 8;  // all of them
+  if (pass == kBackward) return 12;
+  return operands == kF32 ? 2 : 4;
 }
 template <Pass kPass, bool kAlone, Operands kOperands>
 constexpr int kRegisterChunks = register_chunks(kPass, kAlone, kOperands);
 
-constexpr int kUnitsInTeam = 16;      // hidden units of a block of a team
-constexpr int kWarpsInTeam = 8;       // of a block of a team, which share its columns
-constexpr int kMostUnitsAlone = 128;  // up to here the weights fit one multiprocessor
+constexpr int kUnitsInTeam = 16;     // hidden units of a block of a team
+constexpr int kWarpsInTeam = 8;      // of a block of a team, which share its columns
+constexpr int kMostUnitsAlone = 64;  // up to here one block's registers hold all weights
 // Reckoned, not measured yet: the persistent path packs its weights first, and with many rows a
 // step is bound by arithmetic, where cuBLAS's larger tiles win.
 constexpr int kFewestSteps = 3;
 constexpr int kMostTiles = 8;
 constexpr int kMostStreamed = 256 << 10;  // bytes of weights a block and step: 4 us on an H200
+
+// Where a block of a team has twice as many threads as cells, the half without cells serves the
+// other: it loads what cells take and stores what they give away. What they hand each other through
+// shared memory, bytes a cell: forward the sums' beginnings and the cell, backward its slopes; two
+// copies, which a tile and the next one take in turn.
+inline bool is_served(bool alone, int tile_rows) { return !alone && tile_rows == 8; }
+constexpr int handed_bytes(Pass pass) { return 2 * (pass == kForward ? 48 : 32); }
 
 struct Plan {
   bool persistent;
@@ -74,7 +81,7 @@ struct Plan {
   int blocks() const { return directions * groups * slices; }
 
   // Shared memory: offsets and the whole, in bytes.
-  int partials, bias, cell, states, state_stride, shared_bytes;
+  int partials, bias, cell, handed, states, state_stride, shared_bytes;
 };
 
 Plan plan(const Device& device, Pass pass, Operands operands, int T, int B, int H, int directions);

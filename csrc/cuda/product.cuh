@@ -274,18 +274,19 @@ struct Weights {
 // A block that is alone has the states in shared memory, in rows of `stride` bytes.
 template <Operands kOperands, int NT>
 struct SharedStates {
+  static constexpr int kAhead = 1;
   static constexpr bool kPublished = false;
   const char* rows;  // from this warp's first column on
   int stride;
 
-  FUSED_LSTM_DEVICE void fetch(int j, Words (&state)[NT]) const {
+  FUSED_LSTM_DEVICE void fetch(int j, int chunks, Words (&state)[1][NT]) const {
+    if (j >= chunks) return;
     const int lane = thread_index() % kLanes, quarter = turned<kOperands>(lane / 4, lane % 4 * 16);
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt)
-      state[nt] = load_words(rows + (8 * nt + lane / 4) * stride + j * kChunkBytes + quarter);
+      state[0][nt] = load_words(rows + (8 * nt + lane / 4) * stride + j * kChunkBytes + quarter);
   }
-  template <int kAhead>
-  FUSED_LSTM_DEVICE void wait(int, Words (&)[kAhead][NT]) const {}
+  FUSED_LSTM_DEVICE void wait(int, int, Words (&)[1][NT]) const {}
   FUSED_LSTM_DEVICE const char* in_shared_memory(int j, const Words (&)[NT],
                                                  int& stride_out) const {
     stride_out = stride;
@@ -293,38 +294,57 @@ struct SharedStates {
   }
 };
 
+// Chunks of published states that a warp has in flight: what sets out together takes one trip to L2
+// together. As many as nvcc's report allows, for nothing may spill: backward, where a warp has
+// 4 H / 8 columns, all of them up to H 1024 in 16 bits.
+template <Operands kOperands, int MT, int NT>
+constexpr int chunks_ahead() {
+  if (kOperands == kF32) return MT == 1 ? 4 : 3;
+  if (MT == 1) return NT == 1 ? 16 : 6;
+  return kOperands == kTf32 ? 6 / NT : 5 - NT;
+}
+
 // The states that the blocks of a team publish in global memory: each lane polls the very words
 // that it multiplies until none is kNotYet, so no flag, no fence and no second trip to L2.
-template <Operands kOperands, int NT>
+template <Operands kOperands, int MT, int NT>
 struct PublishedStates {
+  static constexpr int kAhead = chunks_ahead<kOperands, MT, NT>();
   static constexpr bool kPublished = true;
   const char* all;
-  int rows[NT];  // this lane's part of its row, from this warp's first column on, counted in 16
-                 // bytes from `all` (a register each, where pointers are two); or negative
-  int chunks;    // of which this lane's part is within the columns
-  char* stage;   // kF32: (2, 8 NT, 64 bytes) of this warp in shared memory
+  int rows[NT];    // this lane's part of its row, from this warp's first column on, counted in 16
+                   // bytes from `all` (a register each, where pointers are two)
+  int limits[NT];  // of this lane's chunks: none where the row takes no part
+  char* stage;     // kF32: (2, 8 NT, 64 bytes) of this warp in shared memory
 
-  FUSED_LSTM_DEVICE void fetch(int j, Words (&state)[NT]) const {
+  // A branch for so many chunks: one for each would take longer than the loads.
+  static constexpr int kTogether = 4;
+
+  // kAhead chunks of the warp's `chunks`, from `first` on.
+  FUSED_LSTM_DEVICE void fetch(int first, int chunks, Words (&state)[kAhead][NT]) const {
 #pragma unroll
-    for (int nt = 0; nt < NT; ++nt)
-      state[nt] = rows[nt] >= 0 && j < chunks
-                      ? load_published(all + int64_t(rows[nt]) * 16 + j * kChunkBytes)
-                      : Words{};
+    for (int i = 0; i < kAhead; ++i) {
+      if (i % kTogether == 0 && first + i >= chunks) return;
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt) {
+        state[i][nt] = load_published_or_zero(first + i < limits[nt], at(first + i, nt));
+      }
+    }
   }
 
   // Until all that was fetched of the chunks from `first` on is there. What is missing is fetched
   // again all at once: one by one, each would cost a trip to L2 of its own.
-  template <int kAhead>
-  FUSED_LSTM_DEVICE void wait(int first, Words (&state)[kAhead][NT]) const {
+  FUSED_LSTM_DEVICE void wait(int first, int chunks, Words (&state)[kAhead][NT]) const {
     for (Patience patience;; patience.lose()) {
       bool missing = false;
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        bool there = true;
+        if (i % kTogether == 0 && first + i >= chunks) break;
 #pragma unroll
-        for (int nt = 0; nt < NT; ++nt) there &= published(state[i][nt]);
-        if (!there) fetch(first + i, state[i]);
-        missing |= !there;
+        for (int nt = 0; nt < NT; ++nt) {
+          const bool there = published(state[i][nt]);
+          load_published(!there, at(first + i, nt), state[i][nt]);
+          missing |= !there;
+        }
       }
       if (!warp_any(missing)) return;
     }
@@ -341,38 +361,25 @@ struct PublishedStates {
     stride = kChunkBytes;
     return copy;
   }
+
+ private:
+  FUSED_LSTM_DEVICE const char* at(int j, int nt) const {
+    return all + int64_t(rows[nt]) * 16 + j * kChunkBytes;
+  }
 };
 
 // --- the product
 // ----------------------------------------------------------------------------------
 
-// Chunks of published states that a warp has in flight: what sets out together takes one trip to L2
-// together. As many as nvcc's report allows, for nothing may spill: backward, where a warp has
-// 4 H / 8 columns, all of them up to H 1024 in 16 bits.
-template <Operands kOperands, int MT, int NT>
-constexpr int chunks_ahead() {
-  if (kOperands == kF32) return MT == 1 ? 4 : 3;
-  if (MT == 1) return NT == 1 ? 16 : 6;
-  return kOperands == kTf32 ? 8 / NT : 4;
-}
-template <Operands kOperands, int MT, int NT>
-constexpr int kChunksAhead = chunks_ahead<kOperands, MT, NT>();
-
+// Adds the warp's product to the sums; `state` holds what states.fetch(0, ...) has brought.
 template <Operands kOperands, int MT, int NT, int kChains, int RT, class States>
 FUSED_LSTM_DEVICE void multiply(Sums<kOperands, MT, NT, kChains>& sums,
                                 const Weights<MT, RT>& weights, const Words* packed,
-                                const Tiling& tiling, const States& states) {
+                                const Tiling& tiling, const States& states,
+                                Words (&state)[States::kAhead][NT]) {
   using W = Weights<MT, RT>;
-  constexpr int kAhead = States::kPublished ? kChunksAhead<kOperands, MT, NT> : 1;
-  Words state[kAhead][NT] = {};
-  // The chunks from `first` on. Those of a group set out together, after the last product of the
-  // group before: all loads share a scoreboard, and a product that came after one of them would
-  // wait for its trip to L2.
-  const auto fetch = [&](int first) {
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i)
-      if (first + i < weights.chunks) states.fetch(first + i, state[i]);
-  };
+  constexpr int kAhead = States::kAhead;
+  const int chunks = weights.chunks;
   const auto add = [&](int slot, int j, const auto& weight) {
     if constexpr (kOperands == kF32) {
       int stride;
@@ -393,27 +400,27 @@ FUSED_LSTM_DEVICE void multiply(Sums<kOperands, MT, NT, kChains>& sums,
       add(slot, j, [&](int mt, int m) { return W::load(chunk, mt, m); });
     }
   };
-  fetch(0);
+  // The chunks of a group set out together, after the last product of the group before: all loads
+  // share a scoreboard, and a product that came after one of them would wait for its trip to L2.
 #pragma unroll
   for (int first = 0; first < RT; first += kAhead) {
-    if (first < weights.chunks) states.wait(first, state);
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const int j = first + i;
-      if (j >= weights.chunks) continue;
-      if (j < RT)
-        add(i, j, [&](int mt, int m) { return weights.kept[j < RT ? j : 0][mt][m]; });
-      else
-        add_far(i, j);
-    }
-    fetch(first + kAhead);
-  }
-  for (int first = (RT + kAhead - 1) / kAhead * kAhead; first < weights.chunks; first += kAhead) {
-    states.wait(first, state);
+    states.wait(first, chunks, state);
 #pragma unroll
     for (int i = 0; i < kAhead; ++i)
-      if (first + i < weights.chunks) add_far(i, first + i);
-    fetch(first + kAhead);
+      if (first + i < RT && first + i < chunks)
+        add(i, first + i, [&](int mt, int m) { return weights.kept[first + i][mt][m]; });
+    if (first + kAhead > RT && chunks > RT)
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+        if (first + i >= RT && first + i < chunks) add_far(i, first + i);
+    states.fetch(first + kAhead, chunks, state);
+  }
+  for (int first = (RT + kAhead - 1) / kAhead * kAhead; first < chunks; first += kAhead) {
+    states.wait(first, chunks, state);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i)
+      if (first + i < chunks) add_far(i, first + i);
+    states.fetch(first + kAhead, chunks, state);
   }
 }
 

@@ -25,6 +25,7 @@ Tiling tiling_of(const Plan& plan, int H) {
   t.partials = plan.partials;
   t.bias = plan.bias;
   t.cell = plan.cell;
+  t.handed = plan.handed;
   t.states = plan.states;
   t.state_stride = plan.state_stride;
   return t;

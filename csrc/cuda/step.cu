@@ -108,11 +108,11 @@ backward_step_kernel(FUSED_LSTM_PARAMS(BackwardStep) step) {
     Wide dh = 0;
     if (grad_output) dh += grad_output[row * step.grad_output_stride + unit];
     if (grad_h) dh += grad_h[w.at];
-    const CellGradient<Wide> found =
-        cell_gradient<E::kFast>(gate, cells[w.at], c_before, dh, dc_state[w.at]);
+    const CellSlopes<Wide> slopes = cell_slopes<E::kFast>(gate, cells[w.at], c_before);
+    const CellGradient<Wide> found = cell_gradient(slopes, dh, dc_state[w.at]);
     dc_state[w.at] = found.dc_before;
     for (int k = 0; k < 4; ++k) write<E>(step.dgates, first + k * H, found.gate[k]);
-    if (step.hidden) write<E>(step.hidden, w.at, found.hidden);
+    if (step.hidden) write<E>(step.hidden, w.at, slopes.hidden);
   }
 }
 

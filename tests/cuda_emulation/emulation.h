@@ -134,6 +134,14 @@ inline void store_words(void* at, const Words& words,
   store_element(static_cast<Words*>(at), words, site);
 }
 Words load_published(const void* at, emulation::Site site = emulation::Site::current());
+inline void load_published(bool wanted, const void* at, Words& words,
+                           emulation::Site site = emulation::Site::current()) {
+  if (wanted) words = load_published(at, site);
+}
+inline Words load_published_or_zero(bool wanted, const void* at,
+                                    emulation::Site site = emulation::Site::current()) {
+  return wanted ? load_published(at, site) : Words{};
+}
 void publish(void* at, uint32_t word, emulation::Site site = emulation::Site::current());
 inline void prefetch(const void* at, emulation::Site site = emulation::Site::current()) {
   if (emulation::counting) emulation::note(emulation::kPrefetch, at, 1, site);

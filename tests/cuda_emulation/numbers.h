@@ -19,6 +19,8 @@ inline float bits_float(uint32_t bits) {
   return value;
 }
 
+inline uint32_t larger(uint32_t a, uint32_t b) { return a < b ? b : a; }
+
 inline uint16_t float_to_bf16(float value) {
   if (value != value) return 0x7fff;
   const uint32_t bits = float_bits(value);
