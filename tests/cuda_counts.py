@@ -21,6 +21,7 @@ from cuda_emulation import library
 DTYPES = {"f16": torch.float16, "tf32": torch.float32, "f32": torch.float32}
 HIDDEN = (96, 512, 768, 1024, 2048)
 PASSES = ("forward", "backward")
+WARPS_OF_A_SCHEDULER = 2  # a block has eight warps, a multiprocessor four schedulers
 STEPS = (5, 11)  # of the two runs: beyond what the kernels prefetch at first
 
 
@@ -35,13 +36,6 @@ class Step:
 
     def __getitem__(self, name: str) -> float:
         return self.counts[name]
-
-    @property
-    def warps(self) -> int:
-        """Of a block (plan.cpp)."""
-        if self["polled"]:
-            return 8
-        return -(-self.H // 8) if self.pass_ == "forward" else -(-self.H // 16) * 2
 
     @property
     def conflicts(self) -> float:
@@ -65,27 +59,27 @@ class Gpu:
     cell_cycles: float  # from the last product on: barrier, sums' latency, activations, publishing
 
     def step_us(self, step: Step) -> float:
-        """The sum of what a step does one after the other. Nothing is taken to overlap but x's way
-        from L2 (alone), so it is an upper bound of its parts; plain fp32 multiplications are not
-        in it, they run beside the loads from shared memory that they need.
+        """The sum of what a step does one after the other. Nothing is taken to overlap, so it is an
+        upper bound of its parts; plain fp32 multiplications are not in it, they run beside the
+        loads from shared memory that they need.
 
         exchange + (trips - 1) trip + cold trips memory
           + (32 polled sectors / rate + mma x warps of a scheduler x cycles of one
              + wavefronts + barriers x cell) / clock
         """
-        team = step["polled"] > 0
         cycles = 32 * step["polled"] / self.bytes_per_cycle
-        cycles += step["mma"] * -(-step.warps // 4) * self.mma_cycles
+        cycles += step["mma"] * WARPS_OF_A_SCHEDULER * self.mma_cycles
         cycles += step["wavefronts"] + self.cell_cycles * step["barriers"]
-        waits = self.exchange_us + (step["trips"] - 1) * self.trip_us if team else 0.0
+        waits = self.exchange_us + (step["trips"] - 1) * self.trip_us
         return waits + step["cold_trips"] * self.memory_us + cycles / self.ghz / 1000
 
 
-# Exchange by a flag, H100: 0.56 us with st.release; trip: 217 ns by TMA, which is no slower than a
-# load; mma.sync reaches 62 % of Hopper's peak, and all of Ampere's.
+# H100: measured by benchmarks/micro.cu and by a profile of the kernels, on one with 80 GB of HBM3:
+# the clock while they run, 0.67 mma a cycle and multiprocessor, 440 cycles from the barrier to the
+# publication. A100: as others published, none has been measured.
 GPUS = {
-    "H100": Gpu("H100 SXM, H200", 132, 227 << 10, 1.98, 0.55, 0.25, 0.35, 38, 6.5, 250),
-    "A100": Gpu("A100 SXM", 108, 163 << 10, 1.41, 0.7, 0.25, 0.35, 38, 8, 250),
+    "H100": Gpu("H100 SXM, H200", 132, 227 << 10, 1.77, 0.55, 0.25, 0.35, 38, 6, 440),
+    "A100": Gpu("A100 SXM", 108, 163 << 10, 1.41, 0.7, 0.25, 0.35, 38, 8, 440),
 }
 
 

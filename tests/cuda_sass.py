@@ -50,7 +50,7 @@ class Instruction:
 
 @dataclass
 class Kernel:
-    name: str  # as "forward_kernel kF16 team 8": the last number is the rows of a tile
+    name: str  # as "forward_kernel kF16 8": the last number is the rows of a tile
     instructions: list[Instruction]
 
     @cached_property
@@ -150,12 +150,10 @@ LINE = re.compile(
 
 def read(text: str) -> Kernel | None:
     """One function of cuobjdump's output; None if it isn't one of the persistent kernels."""
-    title = re.match(r".*?(\w+_kernel)<.*Operands\)(\d), (true|false), (\d)>", text)
+    title = re.match(r".*?(\w+_kernel)<.*Operands\)(\d), (\d)>", text)
     if not title:
         return None
-    alone = "alone" if title[3] == "true" else "team"
-    rows = 8 * int(title[4])
-    name = f"{title[1]} {cuda_toolkit.OPERANDS[int(title[2])]} {alone} {rows}"
+    name = f"{title[1]} {cuda_toolkit.OPERANDS[int(title[2])]} {8 * int(title[3])}"
     instructions = []
     for address, words, upper in LINE.findall(text):
         opcode = re.sub(r"^@!?U?P\w+\s+", "", words).split()[0]

@@ -238,14 +238,14 @@ def check(
 
 
 CASES = [
-    # One block for each team.
+    # Teams of one to eight blocks.
     Case(Options(H=1, T=7, B=1)),
     Case(Options(H=3, T=4, B=9, bidirectional=True)),
     Case(Options(H=17, T=5, B=3, kind="packed", bias=False)),
     Case(Options(H=33, T=3, B=17, bidirectional=True, kind="packed")),
-    Case(Options(H=40, T=5, B=17, bidirectional=True, given_hx=False), multiprocessors=1),
+    Case(Options(H=40, T=5, B=17, bidirectional=True, given_hx=False), multiprocessors=3),
     Case(Options(H=128, T=4, B=9), multiprocessors=8),
-    # Teams of 9 blocks, which publish: one, one of two tiles of 16 rows, two or three.
+    # Teams of 9 blocks: one, one of two tiles of 16 rows, two or three.
     Case(Options(H=129, T=5, B=3), multiprocessors=9),
     Case(Options(H=130, T=4, B=17, kind="packed", bidirectional=True), multiprocessors=9),
     Case(Options(H=129, T=4, B=9, kind="packed", bidirectional=True), multiprocessors=18),

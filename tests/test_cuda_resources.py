@@ -22,29 +22,19 @@ pytestmark = [
     pytest.mark.timeout(1200),
 ]
 
-WHETHER_ALONE = {"true": "alone", "false": "team"}  # plan.h's words
-
 # Of each kernel, the most registers of a thread and KiB of shared memory of a block, on either
 # architecture. Registers as nvcc 13.0 counts them, rounded up to the 8 that they are handed out by;
 # shared memory as plan.cpp asks for at the sizes below.
 LIMITS: dict[str, tuple[int, int]] = {
-    "backward_kernel kBf16 alone": (128, 61),
-    "backward_kernel kBf16 team": (256, 56),
-    "backward_kernel kF16 alone": (128, 61),
-    "backward_kernel kF16 team": (256, 56),
-    "backward_kernel kF32 alone": (128, 166),
-    "backward_kernel kF32 team": (256, 180),
-    "backward_kernel kTf32 alone": (128, 205),
-    "backward_kernel kTf32 team": (256, 180),
+    "backward_kernel kBf16": (256, 56),
+    "backward_kernel kF16": (256, 56),
+    "backward_kernel kF32": (256, 188),
+    "backward_kernel kTf32": (256, 180),
     "backward_step_kernel": (64, 0),
-    "forward_kernel kBf16 alone": (128, 27),
-    "forward_kernel kBf16 team": (256, 73),
-    "forward_kernel kF16 alone": (128, 27),
-    "forward_kernel kF16 team": (256, 73),
-    "forward_kernel kF32 alone": (128, 144),
-    "forward_kernel kF32 team": (256, 205),
-    "forward_kernel kTf32 alone": (128, 159),
-    "forward_kernel kTf32 team": (256, 197),
+    "forward_kernel kBf16": (256, 73),
+    "forward_kernel kF16": (256, 73),
+    "forward_kernel kF32": (256, 217),
+    "forward_kernel kTf32": (256, 197),
     "forward_step_kernel": (64, 0),
     "last_rows_kernel": (32, 0),
     "pack_kernel": (48, 0),
@@ -69,8 +59,8 @@ int main() {
           for (int B : {1, 16, 128}) {
             const Plan p = plan(device, pass, operands, 1024, B, H, 1);
             if (!p.persistent) continue;
-            std::printf("%%s_kernel %%s %%s %%d\\n", pass == kForward ? "forward" : "backward",
-                        names[operands], p.alone ? "alone" : "team", p.shared_bytes);
+            std::printf("%%s_kernel %%s %%d\\n", pass == kForward ? "forward" : "backward",
+                        names[operands], p.shared_bytes);
           }
 }
 """
@@ -105,7 +95,6 @@ class Kernel:
         if function not in ("forward_kernel", "backward_kernel"):
             return function
         words = [cuda_toolkit.OPERANDS[int(n)] for n in re.findall(r"Operands\)(\d)", arguments)]
-        words += [WHETHER_ALONE[flag] for flag in re.findall("true|false", arguments)]
         return " ".join([function, *words])
 
 

@@ -21,7 +21,7 @@ from fused_lstm import _C, FusedLSTM
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernels")]
 
 CASES = {
-    "one block": Options(I=17, H=96, T=20, B=5),
+    "few units": Options(I=17, H=96, T=20, B=5),
     "one team": Options(I=65, H=768, T=20, B=16),
     "packed": Options(I=33, H=257, T=20, B=17, kind="unsorted", bidirectional=True),
     "projected": Options(I=17, H=65, T=9, B=5, proj_size=33, num_layers=2),
@@ -309,7 +309,7 @@ def test_inference_saves_nothing() -> None:
 OPERANDS = ("bfloat16", "float16", "tf32", "float32")  # in the order of plan.h
 
 
-@pytest.mark.parametrize("H", [96, 512], ids=["one block", "teams"])
+@pytest.mark.parametrize("H", [96, 512], ids=["few units", "many units"])
 @pytest.mark.parametrize("precision", OPERANDS)
 def test_persistent_kernels_ran(precision: str, H: int) -> None:
     """By their names: where a plan was refused, the step path would give right numbers, too."""

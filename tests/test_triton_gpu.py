@@ -87,13 +87,13 @@ def test_module(options: Options, precision: str) -> None:
     "test, arguments",
     [
         *((contract.test_captured_in_a_graph, (name, torch.bfloat16))
-          for name in ("one block", "one team", "projected", "two steps")),
+          for name in ("few units", "one team", "projected", "two steps")),
         *((contract.test_same_bits_again, (name, torch.bfloat16))
-          for name in ("one block", "one team", "packed")),
+          for name in ("few units", "one team", "packed")),
         *((test, (name,))
           for test in (contract.test_on_a_stream_of_its_own,
                        contract.test_waits_for_what_its_stream_still_does)
-          for name in ("one block", "one team", "packed")),
+          for name in ("few units", "one team", "packed")),
         (contract.test_backward_in_eval_mode, (torch.bfloat16,)),
         (contract.test_backward_again, (torch.bfloat16,)),
         (contract.test_compiled, ("one team", "aot_eager")),

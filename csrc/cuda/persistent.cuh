@@ -13,13 +13,12 @@ namespace fused_lstm::cuda {
 // The numbers of a Plan that kernels need, with what follows from them for this call.
 struct Tiling {
   int slices, groups, tile_rows, tiles;
-  int warps_m, warps_k;   // warps of a block
   int row_tiles, chunks;  // of a warp
   int shared_chunks;      // of these, in shared memory
   int columns;     // of the recurrent weights' rows that are multiplied: H, or 4 padded H backward
   int all_chunks;  // of 64 bytes, that these columns make
   int padded;      // H rounded up to the units of one published word
-  int partials, bias, cell, handed, states, state_stride;
+  int partials, bias, cell, handed, states;
 };
 
 struct ForwardTask {
@@ -66,7 +65,7 @@ const char* pack_backward(const Plan& plan, const BackwardParams& params, Stream
 
 // Blocks of a team wait for each other, so all of them must run at once.
 inline Grid grid_of(const Plan& plan) {
-  return {plan.blocks(), plan.threads(), plan.shared_bytes, !plan.alone};
+  return {plan.blocks(), plan.threads(), plan.shared_bytes, true};
 }
 
 // run(kind) for the kind of operands at hand, which is decltype(kind)::value.
@@ -90,6 +89,15 @@ FUSED_LSTM_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 template <class T>
 FUSED_LSTM_DEVICE T* row_of(T* matrix, int r, int stride) {
   return matrix + int64_t(r) * stride;
+}
+
+FUSED_LSTM_DEVICE Words words_of(const float (&values)[4]) {
+  return {
+      {float_bits(values[0]), float_bits(values[1]), float_bits(values[2]), float_bits(values[3])}};
+}
+FUSED_LSTM_DEVICE void floats_of(const Words& words, float (&values)[4]) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) values[k] = bits_float(words.word[k]);
 }
 
 // The sum of a power of two of parts, in a fixed order: as a tree, where each waits for less.

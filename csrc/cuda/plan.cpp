@@ -16,56 +16,36 @@ Plan refuse(Plan plan, std::string reason) {
 }
 
 // Sets the offsets for so many chunks of weights of each warp.
-void lay_out_shared_memory(Plan& p, int columns, int shared_chunks) {
-  const int warps = p.warps_m * p.warps_k;
-  const int cells = p.units * p.tile_rows;
-  // Alone, a barrier stands between a step's sums and the next's anyway; a team does with one
-  // barrier a tile by writing to two copies in turn.
-  const int copies = p.alone ? 1 : 2;
+void lay_out_shared_memory(Plan& p, int shared_chunks) {
+  const int cells = kUnitsInTeam * p.tile_rows;
+  // One barrier a tile does, by writing to two copies in turn.
+  constexpr int kCopies = 2;
   p.shared_chunks = shared_chunks;
-  p.partials = shared_chunks * row_tiles(p) * warps * kFragmentBytes;
-  p.bias = p.partials + copies * p.warps_k * cells * (p.pass == kForward ? 16 : 4);
-  p.cell = p.bias + (p.pass == kForward ? p.units * 16 : 0);
-  p.handed = (p.cell + p.tiles * cells * 4 + 15) / 16 * 16;
-  p.states = p.handed + (is_served(p.alone, p.tile_rows) ? cells * handed_bytes(p.pass) : 0);
-  if (p.alone) {
-    // An odd number of chunks: two neighbouring rows then lie in different halves of the banks.
-    p.state_stride = (weight_chunks(p.operands, columns) | 1) * kChunkBytes;
-    p.shared_bytes = p.states + p.tiles * 2 * p.tile_rows * p.state_stride;
-  } else {
-    // Plain fp32 multiplications read states from shared memory, where each warp puts its share.
-    p.state_stride = kChunkBytes;
-    const int staged = p.operands == kF32 ? warps * 2 * p.tile_rows * p.state_stride : 0;
-    p.shared_bytes = p.states + staged;
-  }
+  p.partials = shared_chunks * row_tiles(p) * kWarpsInTeam * kFragmentBytes;
+  p.bias = p.partials + kCopies * kWarpsInTeam * cells * (p.pass == kForward ? 16 : 4);
+  p.cell = p.bias + (p.pass == kForward ? kUnitsInTeam * 16 : 0);
+  p.handed = p.cell + p.tiles * cells * 4;
+  p.states = p.handed + (is_served(p.tile_rows) ? cells * handed_bytes(p.pass) : 0);
+  // Plain fp32 multiplications read states from shared memory, where each warp puts its share.
+  const int staged = p.operands == kF32 ? kWarpsInTeam * 2 * p.tile_rows * kChunkBytes : 0;
+  p.shared_bytes = p.states + staged;
 }
 
 // As many of the chunks that registers don't hold as go into shared memory.
-void share_out_weights(Plan& p, const Device& device, int columns) {
-  const int chunk = row_tiles(p) * p.warps_m * p.warps_k * kFragmentBytes;
-  const int rest = std::max(0, p.chunks - register_chunks(p.pass, p.alone, p.operands));
-  lay_out_shared_memory(p, columns, 0);
+void share_out_weights(Plan& p, const Device& device) {
+  const int chunk = row_tiles(p) * kWarpsInTeam * kFragmentBytes;
+  const int rest = std::max(0, p.chunks - register_chunks(p.pass, p.operands));
+  lay_out_shared_memory(p, 0);
   const int room = std::max(0, device.shared_bytes - p.shared_bytes) / chunk;
-  lay_out_shared_memory(p, columns, std::min(rest, room));
+  lay_out_shared_memory(p, std::min(rest, room));
   p.streamed_bytes = (rest - p.shared_chunks) * chunk * p.tiles;
 }
 
 // Into blocks, teams and tiles.
 Plan cut(Plan p, const Device& device, int B, int H, int columns) {
-  const int all_chunks = weight_chunks(p.operands, columns);
-  if (p.alone) {
-    p.warps_m = ceil_div(H, p.pass == kForward ? 8 : 16);
-    p.warps_k = p.pass == kForward ? 1 : std::max(2, std::min(8 / p.warps_m, all_chunks));
-    p.units = p.warps_m * (p.pass == kForward ? 8 : 16);
-    p.slices = 1;
-  } else {
-    if (!device.cooperative) return refuse(p, "the device has no cooperative launches");
-    p.warps_m = 1;
-    p.warps_k = kWarpsInTeam;
-    p.units = kUnitsInTeam;
-    p.slices = ceil_div(H, p.units);
-  }
-  p.chunks = ceil_div(all_chunks, p.warps_k);
+  if (!device.cooperative) return refuse(p, "the device has no cooperative launches");
+  p.slices = ceil_div(H, kUnitsInTeam);
+  p.chunks = ceil_div(weight_chunks(p.operands, columns), kWarpsInTeam);
   if (p.slices * p.directions > device.multiprocessors) p.directions = 1;
   const int most_groups = device.multiprocessors / (p.slices * p.directions);
   if (most_groups == 0)
@@ -76,9 +56,9 @@ Plan cut(Plan p, const Device& device, int B, int H, int columns) {
     const int all_tiles = ceil_div(B, tile_rows);
     p.groups = std::min(most_groups, all_tiles);
     p.tiles = ceil_div(all_tiles, p.groups);
-    share_out_weights(p, device, columns);
+    share_out_weights(p, device);
   };
-  const bool wide = !p.alone && p.operands != kF32 && ceil_div(B, 8) > most_groups;
+  const bool wide = p.operands != kF32 && ceil_div(B, 8) > most_groups;
   cut_batch(wide ? 16 : 8);
   // The kernels for 16 rows have no registers left for weights from L2.
   if (p.streamed_bytes > 0 && wide) cut_batch(8);
@@ -88,7 +68,7 @@ Plan cut(Plan p, const Device& device, int B, int H, int columns) {
     return refuse(p, "a block needs " + std::to_string(p.shared_bytes) +
                          " bytes of shared memory, the device has " +
                          std::to_string(device.shared_bytes));
-  if (p.streamed_bytes > (p.alone ? 0 : kMostStreamed))
+  if (p.streamed_bytes > kMostStreamed)
     return refuse(p, "a block would read " + std::to_string(p.streamed_bytes) +
                          " bytes of weights anew in each step");
   p.persistent = true;
@@ -109,12 +89,6 @@ Plan plan(const Device& device, Pass pass, Operands operands, int T, int B, int 
   // Teams count 16 bytes of what they exchange in 32 bits.
   if (int64_t(T + 1) * B * ceil_div(columns * element_bytes(operands), 16) > INT32_MAX)
     return refuse(p, "T times B times H is beyond 32 bits");
-  if (H <= kMostUnitsAlone) {
-    p.alone = true;
-    const Plan alone = cut(p, device, B, H, columns);
-    if (alone.persistent) return alone;
-  }
-  p.alone = false;
   return cut(p, device, B, H, columns);
 }
 

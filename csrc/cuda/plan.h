@@ -40,17 +40,15 @@ inline int weight_chunks(Operands operands, int columns) {
 // thread needs among its 255 registers: what is in flight of the states too, which
 // backward is a team's whole share up to H 1024 in 16 bits (product.cuh). nvcc's report decides:
 // nothing may spill.
-constexpr int register_chunks(Pass pass, bool alone, Operands operands) {
-  if (alone) return pass == kForward ? 4 : 8;  // all of them
+constexpr int register_chunks(Pass pass, Operands operands) {
   if (pass == kBackward) return 12;
   return operands == kF32 ? 2 : 4;
 }
-template <Pass kPass, bool kAlone, Operands kOperands>
-constexpr int kRegisterChunks = register_chunks(kPass, kAlone, kOperands);
+template <Pass kPass, Operands kOperands>
+constexpr int kRegisterChunks = register_chunks(kPass, kOperands);
 
-constexpr int kUnitsInTeam = 16;     // hidden units of a block of a team
-constexpr int kWarpsInTeam = 8;      // of a block of a team, which share its columns
-constexpr int kMostUnitsAlone = 64;  // up to here one block's registers hold all weights
+constexpr int kUnitsInTeam = 16;  // hidden units of a block of a team
+constexpr int kWarpsInTeam = 8;   // of a block of a team, which share its columns
 // Reckoned, not measured yet: the persistent path packs its weights first, and with many rows a
 // step is bound by arithmetic, where cuBLAS's larger tiles win.
 constexpr int kFewestSteps = 3;
@@ -61,7 +59,9 @@ constexpr int kMostStreamed = 256 << 10;  // bytes of weights a block and step: 
 // other: it loads what cells take and stores what they give away. What they hand each other through
 // shared memory, bytes a cell: forward the sums' beginnings and the cell, backward its slopes; two
 // copies, which a tile and the next one take in turn.
-inline bool is_served(bool alone, int tile_rows) { return !alone && tile_rows == 8; }
+constexpr bool is_served(int tile_rows) { return tile_rows == 8; }
+template <int kTileRows>
+constexpr bool kIsServed = is_served(kTileRows);
 constexpr int handed_bytes(Pass pass) { return 2 * (pass == kForward ? 48 : 32); }
 
 struct Plan {
@@ -71,23 +71,21 @@ struct Plan {
   Pass pass;
   Operands operands;
   int directions;  // of one launch; a call's others follow in launches of their own
-  bool alone;      // a team is one block, which exchanges states in shared memory
-  int units, slices, groups, tile_rows, tiles;
-  int warps_m, warps_k;  // warps of a block: over units, and over the columns of the weights
-  int chunks;            // of 64 bytes of weight columns, for each warp
-  int shared_chunks;     // of these, in shared memory
-  int streamed_bytes;    // of weights that a block reads from L2 in each step
-  int threads() const { return 32 * warps_m * warps_k; }
+  int slices, groups, tile_rows, tiles;
+  int chunks;          // of 64 bytes of weight columns, for each warp
+  int shared_chunks;   // of these, in shared memory
+  int streamed_bytes;  // of weights that a block reads from L2 in each step
+  int threads() const { return 32 * kWarpsInTeam; }
   int blocks() const { return directions * groups * slices; }
 
   // Shared memory: offsets and the whole, in bytes.
-  int partials, bias, cell, handed, states, state_stride, shared_bytes;
+  int partials, bias, cell, handed, states, shared_bytes;
 };
 
 Plan plan(const Device& device, Pass pass, Operands operands, int T, int B, int H, int directions);
 
 // Tiles of 16 rows of weights that a warp multiplies.
-inline int row_tiles(const Plan& p) { return p.pass == kBackward ? 1 : p.alone ? 2 : 4; }
+inline int row_tiles(const Plan& p) { return p.pass == kBackward ? 1 : 4; }
 
 // The same in words, for backends() and the benchmarks.
 std::string describe(const Plan& plan);

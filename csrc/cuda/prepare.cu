@@ -1,7 +1,7 @@
 // What comes before a persistent launch: the recurrent weights in the order in which lanes load
 // them, and h_0 where the first step looks for it.
 //
-// Packed weights, Words (16 bytes): (slices, warps_m, warps_k, chunks, row tiles of a warp, 2, 32
+// Packed weights, Words (16 bytes): (slices, warps, chunks, row tiles of a warp, 2, 32
 // lanes); what lies where in a chunk of 64 bytes is in product.cuh. Rows and columns that do not
 // exist are zero.
 #include <algorithm>
@@ -61,14 +61,14 @@ pack_kernel(FUSED_LSTM_PARAMS(PackParams) p) {
     rest /= row_tiles;
     const int chunk = rest % tiling.chunks;
     rest /= tiling.chunks;
-    const int warp_k = rest % tiling.warps_k;
-    rest /= tiling.warps_k;  // slice * warps_m + warp_m
+    const int warp = rest % kWarpsInTeam;
+    rest /= kWarpsInTeam;  // slice
     Words words;
     for (int r = 0; r < 4; ++r) {
       int row, word;
       weight_position<kOperands>(lane, m, r, row, word);
       row += (int(rest) * row_tiles + tile) * 16;
-      const int first = (warp_k * tiling.chunks + chunk) * (kChunkBytes / int(sizeof(T)));
+      const int first = (warp * tiling.chunks + chunk) * (kChunkBytes / int(sizeof(T)));
       if constexpr (sizeof(T) == 2) {
         const int column = first + 2 * word;
         words.word[r] =
@@ -117,13 +117,12 @@ const char* pack(const Plan& plan, const Params& params, PackParams pack_params,
 }  // namespace
 
 int64_t packed_words(const Plan& plan) {
-  return int64_t(plan.slices) * plan.warps_m * plan.warps_k * plan.chunks * row_tiles(plan) * 2 *
-         kLanes;
+  return int64_t(plan.slices) * kWarpsInTeam * plan.chunks * row_tiles(plan) * 2 * kLanes;
 }
 
 const char* pack_forward(const Plan& plan, const ForwardParams& params, Stream stream) {
   PackParams p{};
-  p.states_stride = plan.alone ? 0 : params.states_stride;
+  p.states_stride = params.states_stride;
   for (int d = 0; d < plan.directions; ++d) {
     const ForwardTask& task = params.direction[d];
     p.direction[d] = {task.given.weight_hh, const_cast<Words*>(task.weights), task.given.h_0,

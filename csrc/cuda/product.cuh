@@ -34,15 +34,6 @@ class Patience {
   uint32_t tries_ = 0, since_ = 0;
 };
 
-// Where byte `at` of a row of states lies in shared memory: the halves of a chunk change places
-// from two rows to the next two, so that neither lanes that load (eight at a time, two rows'
-// chunks) nor those that store (a few units of four rows) meet in a bank. kF32 has no register left
-// for it.
-template <Operands kOperands>
-FUSED_LSTM_DEVICE int turned(int row, int at) {
-  return kOperands == kF32 ? at : at ^ row % 4 / 2 * 32;
-}
-
 // Which row of 16 and which word of the chunk lane `lane` holds in word r of part m.
 template <Operands kOperands>
 FUSED_LSTM_DEVICE void weight_position(int lane, int m, int r, int& row, int& word) {
@@ -235,7 +226,7 @@ struct Weights {
   FUSED_LSTM_DEVICE void load(const Words* packed, const Tiling& tiling, char* rests) {
     const int warp = thread_index() / kLanes;
     const char* const all = packed_here(packed, tiling);
-    const int first = warp % tiling.warps_k * tiling.chunks;
+    const int first = warp * tiling.chunks;
     chunks = tiling.all_chunks - first;
     chunks = chunks < 0 ? 0 : chunks < tiling.chunks ? chunks : tiling.chunks;
 #pragma unroll
@@ -253,8 +244,7 @@ struct Weights {
   // This lane's part of its warp's first chunk; of the first one in shared memory, in bytes. Found
   // anew each time: as members they would take registers that there are not.
   FUSED_LSTM_DEVICE static const char* packed_here(const Words* packed, const Tiling& tiling) {
-    const int warps = tiling.warps_m * tiling.warps_k;
-    const int warp = thread_index() / kLanes + block_index() % tiling.slices * warps;
+    const int warp = thread_index() / kLanes + block_index() % tiling.slices * kWarpsInTeam;
     return reinterpret_cast<const char*>(packed + thread_index() % kLanes) +
            warp * tiling.chunks * kChunk;
   }
@@ -271,29 +261,6 @@ struct Weights {
 // --- states
 // ---------------------------------------------------------------------------------------
 
-// A block that is alone has the states in shared memory, in rows of `stride` bytes.
-template <Operands kOperands, int NT>
-struct SharedStates {
-  static constexpr int kAhead = 1;
-  static constexpr bool kPublished = false;
-  const char* rows;  // from this warp's first column on
-  int stride;
-
-  FUSED_LSTM_DEVICE void fetch(int j, int chunks, Words (&state)[1][NT]) const {
-    if (j >= chunks) return;
-    const int lane = thread_index() % kLanes, quarter = turned<kOperands>(lane / 4, lane % 4 * 16);
-#pragma unroll
-    for (int nt = 0; nt < NT; ++nt)
-      state[0][nt] = load_words(rows + (8 * nt + lane / 4) * stride + j * kChunkBytes + quarter);
-  }
-  FUSED_LSTM_DEVICE void wait(int, int, Words (&)[1][NT]) const {}
-  FUSED_LSTM_DEVICE const char* in_shared_memory(int j, const Words (&)[NT],
-                                                 int& stride_out) const {
-    stride_out = stride;
-    return rows + j * kChunkBytes;
-  }
-};
-
 // Chunks of published states that a warp has in flight: what sets out together takes one trip to L2
 // together. As many as nvcc's report allows, for nothing may spill: backward, where a warp has
 // 4 H / 8 columns, all of them up to H 1024 in 16 bits.
@@ -301,23 +268,36 @@ template <Operands kOperands, int MT, int NT>
 constexpr int chunks_ahead() {
   if (kOperands == kF32) return MT == 1 ? 4 : 3;
   if (MT == 1) return NT == 1 ? 16 : 6;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900  // whose addresses take more registers
+  if (NT == 2) return 2;
+#endif
   return kOperands == kTf32 ? 6 / NT : 5 - NT;
 }
 
 // The states that the blocks of a team publish in global memory: each lane polls the very words
 // that it multiplies until none is kNotYet, so no flag, no fence and no second trip to L2.
+// What a lane fetches of its rows of a tile.
+template <int NT>
+struct Aim {
+  int rows[NT];    // this lane's part of its row, from the warp's first column on, counted in 16
+                   // bytes from PublishedStates::all (a register each, where pointers are two)
+  int limits[NT];  // of this lane's chunks: none where the row takes no part
+};
+
 template <Operands kOperands, int MT, int NT>
 struct PublishedStates {
   static constexpr int kAhead = chunks_ahead<kOperands, MT, NT>();
-  static constexpr bool kPublished = true;
   const char* all;
-  int rows[NT];    // this lane's part of its row, from this warp's first column on, counted in 16
-                   // bytes from `all` (a register each, where pointers are two)
-  int limits[NT];  // of this lane's chunks: none where the row takes no part
-  char* stage;     // kF32: (2, 8 NT, 64 bytes) of this warp in shared memory
+  Aim<NT> aim;
+  char* stage;  // kF32: (2, 8 NT, 64 bytes) of this warp in shared memory
 
   // A branch for so many chunks: one for each would take longer than the loads.
   static constexpr int kTogether = 4;
+
+  FUSED_LSTM_DEVICE void set_out(const Aim<NT>& for_tile, int chunks, Words (&state)[kAhead][NT]) {
+    aim = for_tile;
+    fetch(0, chunks, state);
+  }
 
   // kAhead chunks of the warp's `chunks`, from `first` on.
   FUSED_LSTM_DEVICE void fetch(int first, int chunks, Words (&state)[kAhead][NT]) const {
@@ -326,7 +306,7 @@ struct PublishedStates {
       if (i % kTogether == 0 && first + i >= chunks) return;
 #pragma unroll
       for (int nt = 0; nt < NT; ++nt) {
-        state[i][nt] = load_published_or_zero(first + i < limits[nt], at(first + i, nt));
+        state[i][nt] = load_published_or_zero(first + i < aim.limits[nt], at(first + i, nt));
       }
     }
   }
@@ -364,21 +344,22 @@ struct PublishedStates {
 
  private:
   FUSED_LSTM_DEVICE const char* at(int j, int nt) const {
-    return all + int64_t(rows[nt]) * 16 + j * kChunkBytes;
+    return all + int64_t(aim.rows[nt]) * 16 + j * kChunkBytes;
   }
 };
 
 // --- the product
 // ----------------------------------------------------------------------------------
 
-// Adds the warp's product to the sums; `state` holds what states.fetch(0, ...) has brought.
-template <Operands kOperands, int MT, int NT, int kChains, int RT, class States>
+// Adds the warp's product to the sums; `state` holds what states.set_out() asked for.
+template <Operands kOperands, int MT, int NT, int kChains, int RT>
 FUSED_LSTM_DEVICE void multiply(Sums<kOperands, MT, NT, kChains>& sums,
                                 const Weights<MT, RT>& weights, const Words* packed,
-                                const Tiling& tiling, const States& states,
-                                Words (&state)[States::kAhead][NT]) {
+                                const Tiling& tiling,
+                                const PublishedStates<kOperands, MT, NT>& states,
+                                Words (&state)[PublishedStates<kOperands, MT, NT>::kAhead][NT]) {
   using W = Weights<MT, RT>;
-  constexpr int kAhead = States::kAhead;
+  constexpr int kAhead = states.kAhead;
   const int chunks = weights.chunks;
   const auto add = [&](int slot, int j, const auto& weight) {
     if constexpr (kOperands == kF32) {
@@ -392,7 +373,7 @@ FUSED_LSTM_DEVICE void multiply(Sums<kOperands, MT, NT, kChains>& sums,
   // Of a chunk that registers do not hold.
   const auto add_far = [&](int slot, int j) {
     // Read anew for tiles of 8 rows only: with 16 there are no registers for it (plan.cpp).
-    if (!States::kPublished || NT > 1 || j < RT + tiling.shared_chunks) {
+    if (NT > 1 || j < RT + tiling.shared_chunks) {
       const char* const chunk = shared_memory() + W::shared_here(tiling) + (j - RT) * W::kChunk;
       add(slot, j, [&](int mt, int m) { return W::load(chunk, mt, m); });
     } else {

@@ -14,8 +14,6 @@ Tiling tiling_of(const Plan& plan, int H) {
   t.groups = plan.groups;
   t.tile_rows = plan.tile_rows;
   t.tiles = plan.tiles;
-  t.warps_m = plan.warps_m;
-  t.warps_k = plan.warps_k;
   t.row_tiles = row_tiles(plan);
   t.chunks = plan.chunks;
   t.shared_chunks = plan.shared_chunks;
@@ -27,7 +25,6 @@ Tiling tiling_of(const Plan& plan, int H) {
   t.cell = plan.cell;
   t.handed = plan.handed;
   t.states = plan.states;
-  t.state_stride = plan.state_stride;
   return t;
 }
 
@@ -39,7 +36,7 @@ int states_stride(const Plan& plan, int H) {
 size_t weights_bytes(const Plan& plan) { return aligned(packed_words(plan) * sizeof(Words)); }
 
 size_t states_bytes(const Plan& plan, const Extent& extent) {
-  if (plan.alone || plan.pass == kBackward) return 0;
+  if (plan.pass == kBackward) return 0;
   return aligned((extent.B + extent.N) * size_t(states_stride(plan, extent.H)));
 }
 
@@ -75,7 +72,7 @@ Plan choose(Pass pass, Operands operands, int T, int B, int H, int directions) {
     return none;
   }
   Plan p = plan(device, pass, operands, T, B, H, directions);
-  if (p.persistent && !p.alone && resident(p) * device.multiprocessors < p.blocks()) {
+  if (p.persistent && resident(p) * device.multiprocessors < p.blocks()) {
     p.persistent = false;
     p.reason = "the device does not hold " + std::to_string(p.blocks()) + " blocks at once";
   }
@@ -120,7 +117,6 @@ const char* run(const Plan& plan, const Backward& call, void* workspace, Stream 
     task.given = call.direction[d];
     task.weights = reinterpret_cast<Words*>(free);
     free += weights_bytes(plan);
-    if (plan.alone) continue;
     if (const char* error = fill(task.given.dgates, kEmpty, call.extent.N * row, stream))
       return error;
   }
