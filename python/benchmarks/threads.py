@@ -150,13 +150,16 @@ def line(row: dict[str, Any]) -> str:
 
 def verdict(rows: list[dict[str, Any]]) -> list[str]:
     """What falls short: an entry over 1.5 times our own time with 2 threads beside as many busy
-    processes, one slower than nn.LSTM, a burst whose 90th percentile is over 3 medians."""
+    processes, one slower than nn.LSTM or that has failed, a burst whose 90th percentile is over 3
+    medians."""
     short = []
     two = {
         (r["case"], r["busy"]): r["fused_ms"] for r in rows if r["threads"] == 2 and "ratio" in r
     }
     for row in rows:
-        if "fused_us" in row:
+        if "error" in row:
+            short.append(line(row))
+        elif "fused_us" in row:
             middle, tenth, _ = row["fused_us"]
             if tenth > 3 * middle:
                 short.append(f"{line(row)}: {tenth / middle:.1f} medians")
