@@ -52,6 +52,9 @@ V2, V1 = "0::/a/b\n", "12:cpuset:/a\n4:cpu,cpuacct:/a/b\n1:name=systemd:/a\n0::/
               (("quota", "-1"), ("period", "100000"))}, 0.0),
         ("", {}, 0.0),
         ("no colons", {}, 0.0),
+        ("0::no slash\n", {"cpu.max": "300000 100000"}, 3.0),
+        ("1:cpu:a/b\n0::\n", {"cpu/cpu.cfs_quota_us": "50000",
+                              "cpu/cpu.cfs_period_us": "100000"}, 0.5),
     ],
 )  # fmt: skip
 def test_quota(tmp_path: Path, groups: str, files: dict[str, str], expected: float) -> None:

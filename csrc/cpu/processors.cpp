@@ -36,10 +36,12 @@ double quota_v1(const std::string& folder) {
 
 // The tightest of a group and all above it. In a container the mount may begin at the group itself,
 // so that folders on the way are missing.
-double tightest(double (*quota)(const std::string&), const std::string& mount, std::string group) {
+double tightest(double (*quota)(const std::string&), const std::string& mount,
+                const std::string& group) {
   double least = quota(mount);
-  for (; group.size() > 1; group.resize(group.rfind('/')))
-    least = std::min(least, quota(mount + group));
+  for (size_t end = group.size(); end > 1 && end != std::string::npos;
+       end = group.rfind('/', end - 1))
+    least = std::min(least, quota(mount + group.substr(0, end)));
   return least;
 }
 
