@@ -134,10 +134,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("processor_quota", &cpu::processor_quota, py::arg("proc_cgroup"), py::arg("mount"),
         "The quota that control groups set: from a file as /proc/self/cgroup, and a folder as "
         "/sys/fs/cgroup.");
-  py::class_<cpu::Contention>(m, "Contention", "How short calls avoid processors in demand.")
-      .def(py::init<>())
-      .def("limit", &cpu::Contention::limit, py::arg("threads"), py::arg("products"),
-           py::arg("now"))
+  m.def(
+      "set_patient", [](bool patient) { cpu::impatient = !patient; }, py::arg("patient"),
+      "False, for tests: of threads that meet at every step, the last to come to their first "
+      "meeting goes on alone.");
+  py::class_<cpu::Contention>(m, "Contention", "How calls avoid processors in demand.")
+      .def(py::init<int64_t>(), py::arg("first"))
+      .def("paused", &cpu::Contention::paused, py::arg("now"))
       .def("report", &cpu::Contention::report, py::arg("stalled"), py::arg("now"));
 #ifdef FUSED_LSTM_HAVE_CUDA
   m.def(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from fresh_process import run_python
+from parity import DTYPES, Options, arguments, results
 
-from fused_lstm import _C, backends
+from fused_lstm import _C, FusedLSTM, backends
 
 
 @pytest.mark.parametrize(
@@ -86,27 +89,62 @@ def same(a, b):
 """
 
 
-def test_short_calls_take_one_thread_after_a_stall() -> None:
+def test_calls_take_one_thread_after_a_stall() -> None:
     """For 20 ms, for twice as long each time that the next attempt stalls soon, 2 s at most."""
-    ms, short, long = 1_000_000, 1_000_000, 100_000_000
-    contention = _C.Contention()
-    assert contention.limit(2, short, 0) == 2
+    ms = 1_000_000
+    contention = _C.Contention(20 * ms)
+    assert not contention.paused(0)
     contention.report(False, 0)
-    assert contention.limit(2, short, 1) == 2
+    assert not contention.paused(1)
     contention.report(True, 10 * ms)
-    assert contention.limit(2, short, 29 * ms) == 1
-    assert contention.limit(2, long, 29 * ms) == 2
-    assert contention.limit(2, short, 30 * ms) == 2
+    assert contention.paused(29 * ms)
+    assert not contention.paused(30 * ms)
     now, pause = 30 * ms, 20 * ms
     for _ in range(12):  # again and again, as soon as it is tried
         contention.report(True, now)
         pause = min(2 * pause, 2000 * ms)
-        assert contention.limit(2, short, now + pause - 1) == 1
-        assert contention.limit(2, short, now + pause) == 2
+        assert contention.paused(now + pause - 1)
+        assert not contention.paused(now + pause)
         now += pause
     now += 100_000 * ms  # after a long time without, a stall is an accident again
     contention.report(True, now)
-    assert contention.limit(2, short, now + 20 * ms) == 2
+    assert not contention.paused(now + 20 * ms)
+
+
+@pytest.fixture
+def impatient() -> Iterator[None]:
+    """Two threads, of which one goes on alone from their first meeting on."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    _C.set_patient(False)
+    yield
+    _C.set_patient(True)
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(I=17, H=257, T=9, B=7),
+        Options(I=33, H=257, T=65, B=1),  # x W_ih^T of many steps ahead
+        Options(I=33, H=257, T=9, B=5, num_layers=2, kind="unsorted"),
+        Options(I=17, H=257, T=9, B=9, proj_size=129),
+    ],
+    ids=["plain", "ahead", "two layers, packed", "projected"],
+)
+def test_one_thread_that_takes_over_gives_the_same_bits(
+    options: Options, dtype: torch.dtype, impatient: None
+) -> None:
+    def found() -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        lstm = FusedLSTM.from_torch(options.lstm().to(dtype))
+        return results(lstm, arguments(options, dtype))
+
+    taken_over = found()
+    torch.set_num_threads(1)
+    for name, tensor in found().items():
+        assert torch.equal(taken_over[name], tensor), name
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")

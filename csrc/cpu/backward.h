@@ -89,6 +89,7 @@ struct BackwardPass {
   }
 
   int team_size() const { return team.threads(); }
+  int64_t group_products() const { return seq.T * seq.B * 4 * seq.H * seq.P / team.row_groups; }
 
   void run(int thread) const {
     if (thread >= team.threads()) return;
@@ -141,9 +142,13 @@ struct BackwardPass {
   void run_direction(int d, const Place& place, A* sums) const {
     const Backward& a = args[d];
     const Range rows = share(seq.B, place.row_group, team.row_groups);
-    const Range mine = share(hidden.count(), place.unit_group, team.unit_groups);
-    const Range cells = share(units.count(), place.unit_group, team.unit_groups);
+    Range mine = share(hidden.count(), place.unit_group, team.unit_groups);
+    Range cells = share(units.count(), place.unit_group, team.unit_groups);
     Barrier& barrier = barriers[1 + d * team.row_groups + place.row_group];
+    int meeting = team.unit_groups;
+    const auto goes_on = [&] {
+      return meet(barrier, meeting, mine, hidden.count(), cells, units.count());
+    };
     Step step{};
     const int64_t rounds =
         a.grad_h_0 ? seq.T + 1 : seq.T;  // the last only takes what is left into grad_h_0
@@ -155,13 +160,13 @@ struct BackwardPass {
       for (int64_t block = mine.begin; block < mine.end; ++block)
         hidden_step(d, block, block + 1 < mine.end ? block + 1 : mine.begin, step, rows, sums);
       if (seq.projected && s < seq.T) {
-        barrier.wait(team.unit_groups);
+        if (!goes_on()) return;
         for (int64_t block = cells.begin; block < cells.end; ++block)
           projection_step(d, block, step, rows, sums);
       }
       step.from = step.t;
       step.before = step.active;
-      if (s < seq.T) barrier.wait(team.unit_groups);
+      if (s < seq.T && !goes_on()) return;
     }
     // grad_c_0: the threads that own a row's units have written all of its dc
     const Range own = seq.projected ? cells : mine;

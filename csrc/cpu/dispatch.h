@@ -8,16 +8,28 @@
 
 namespace fused_lstm::cpu {
 
+// Who runs a pass.
+struct Crew {
+  int threads;
+  bool patient = true;  // false, for tests: at their first meeting the last to come goes on alone
+};
+
+// How long a pass's threads waited for each other.
+enum Waits {
+  kShortWaits,
+  kStalled,   // for longer than any share of a short pass's work takes
+  kWentAlone  // for longer than several threads save, so that one of them did the rest
+};
+
 // One instruction set's entry points for one compute dtype. `directions` structs (1 or 2) of the
-// same shape. The workspace needs 64-byte alignment; its size is for exactly these arguments. What
-// the passes return: a thread of theirs was waited for so long that it can't have had a processor.
+// same shape. The workspace needs 64-byte alignment; its size is for exactly these arguments.
 struct Kernel {
   int64_t (*forward_workspace)(const Forward* args, int directions, int threads);
-  bool (*forward)(const Forward* args, int directions, int threads, void* workspace);
+  Waits (*forward)(const Forward* args, int directions, Crew crew, void* workspace);
   int64_t (*backward_workspace)(const Backward* args, int directions, int threads);
-  bool (*backward)(const Backward* args, int directions, int threads, void* workspace);
+  Waits (*backward)(const Backward* args, int directions, Crew crew, void* workspace);
   int64_t (*gradients_workspace)(const Gradients* args, int directions, int threads);
-  bool (*gradients)(const Gradients* args, int directions, int threads, void* workspace);
+  Waits (*gradients)(const Gradients* args, int directions, Crew crew, void* workspace);
 };
 
 int isa_count();                  // sets built, slowest first

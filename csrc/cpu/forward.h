@@ -44,7 +44,7 @@ struct ForwardPass {
   };
   struct Private {
     A* sums;    // (kMaxRows, 4V): one tile
-    A* inputs;  // (blocks of the chunk, chunk_rows, 4V): x W_ih^T + b
+    A* inputs;  // (chunk_rows, 4V): x W_ih^T + b of one block, where it isn't taken ahead
     Elem* x;    // (chunk_rows, x_stride): input rows of a chunk in the product's type
   };
 
@@ -58,6 +58,7 @@ struct ForwardPass {
   bool copy_input, dense, ahead;  // ahead: x W_ih^T of a chunk before its first step
   bool far;                       // W_hh is beyond the second-level cache
   Direction direction[2];
+  A* inputs_ahead;  // (directions at once, row groups, blocks, chunk_rows, 4V): x W_ih^T + b
   char* private_base;
   int64_t private_bytes;
   Barriers barriers;  // one for all threads, then one a row group of each direction
@@ -103,6 +104,8 @@ struct ForwardPass {
       dir.unprojected = arena.take<Elem>(seq.projected ? seq.B * m_stride : 0);
       dir.c = arena.take<A>(seq.B * c_stride);
     }
+    const int64_t groups = team.directions * team.row_groups;
+    inputs_ahead = arena.take<A>(ahead ? groups * blocks * chunk_rows * kWidth : 0);
     const int64_t shared = arena.used;
     Arena one{nullptr};
     lay_out_private(one);
@@ -114,13 +117,15 @@ struct ForwardPass {
   Private lay_out_private(Arena& arena) const {
     Private own;
     own.sums = arena.take<A>(kMaxRows * kWidth);
-    const int64_t share_of_blocks = (blocks + team.unit_groups - 1) / team.unit_groups;
-    own.inputs = arena.take<A>((ahead ? share_of_blocks : 1) * chunk_rows * kWidth);
+    own.inputs = arena.take<A>(ahead ? 0 : chunk_rows * kWidth);
     own.x = arena.take<Elem>(copy_input ? chunk_rows * x_stride : 0);
     return own;
   }
 
   int team_size() const { return team.threads(); }
+  int64_t group_products() const {
+    return seq.T * seq.B * 4 * seq.H * (x_padded + h_padded) / team.row_groups;
+  }
 
   void run(int thread) const {
     if (thread >= team.threads()) return;
@@ -191,9 +196,15 @@ struct ForwardPass {
   void run_direction(int d, const Place& place, Private& own) const {
     const Forward& a = args[d];
     const Range rows = share(seq.B, place.row_group, team.row_groups);
-    const Range mine = share(blocks, place.unit_group, team.unit_groups);
-    const Range projected = share(projection.count(), place.unit_group, team.unit_groups);
+    const int64_t group = place.direction * team.row_groups + place.row_group;
+    A* const inputs_of_all = inputs_ahead + group * blocks * chunk_rows * kWidth;
+    Range mine = share(blocks, place.unit_group, team.unit_groups);
+    Range projected = share(projection.count(), place.unit_group, team.unit_groups);
     Barrier& barrier = barriers[1 + d * team.row_groups + place.row_group];
+    int meeting = team.unit_groups;
+    const auto goes_on = [&] {
+      return meet(barrier, meeting, mine, blocks, projected, projection.count());
+    };
     int64_t inputs_at = 0;  // where in the chunk this step's rows begin
     for (int64_t s = 0; s < seq.T; ++s) {
       const int64_t t = a.seq.step(s, false);
@@ -207,14 +218,14 @@ struct ForwardPass {
             count += count_of(rows_at(a.seq.step(i, false), rows));
           for (int64_t block = mine.begin; block < mine.end; ++block)
             input_product(d, block, own.x, x_stride, count,
-                          own.inputs + (block - mine.begin) * chunk_rows * kWidth);
+                          inputs_of_all + block * chunk_rows * kWidth);
         }
       }
       const int64_t next = s + 1 < seq.T ? seq.rows(a.seq.step(s + 1, false)) : 0;
       for (int64_t block = mine.begin; block < mine.end; ++block) {
         const A* inputs = own.inputs;
         if (ahead) {
-          inputs += ((block - mine.begin) * chunk_rows + inputs_at) * kWidth;
+          inputs = inputs_of_all + (block * chunk_rows + inputs_at) * kWidth;
         } else if (!active.empty()) {
           const Elem* x =
               copy_input ? own.x : reinterpret_cast<const Elem*>(input_row(a, t, active.begin));
@@ -225,11 +236,11 @@ struct ForwardPass {
         hidden_step(d, block, following, s, t, active, next, inputs, own);
       }
       inputs_at += count_of(active);
-      barrier.wait(team.unit_groups);
+      if (!goes_on()) return;
       if (seq.projected) {
         for (int64_t block = projected.begin; block < projected.end; ++block)
           projection_step(d, block, s, t, active, next, own.sums);
-        barrier.wait(team.unit_groups);
+        if (!goes_on()) return;
       }
     }
     for (int64_t b = rows.begin; b < rows.end; ++b)

@@ -87,6 +87,7 @@ struct GradientsPass {
   }
 
   int team_size() const { return threads; }
+  int64_t group_products() const { return 0; }  // its threads meet but once
 
   void run(int thread) const {
     if (thread >= threads) return;

@@ -14,6 +14,7 @@
 #include "processors.h"
 
 namespace fused_lstm::cpu {
+
 namespace {
 
 // One block for each calling thread, as large as its largest call yet: mapping a few MB anew costs
@@ -40,33 +41,36 @@ int64_t nanoseconds() {
   return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
 }
 
-// The threads of one call, forward or backward, and what they tell the next.
+// The threads of one call, forward or backward, and what they tell the next of its kind. Short
+// calls are one to two milliseconds on one thread, and one stall is more than they save. In long
+// ones waits must cost as much as several threads save: see Barrier.
 class Threads {
  public:
   explicit Threads(const Layer& layer)
-      : products_(layer.N * 4 * layer.H * (layer.I + layer.P) * layer.directions) {
+      : short_(layer.N * 4 * layer.H * (layer.I + layer.P) * layer.directions < 64'000'000) {
     const int wanted = at::in_parallel_region() ? 1 : at::get_num_threads();
-    if (wanted > 1)
-      count_ = contention().limit(thread_limit(wanted, processors()), products_, nanoseconds());
+    if (wanted > 1 && !contention().paused(nanoseconds()))
+      crew_.threads = thread_limit(wanted, processors());
   }
 
   // A pass with these arguments, in a workspace of its size.
   template <class Args>
-  void run(int64_t (*bytes)(const Args*, int, int), bool (*pass)(const Args*, int, int, void*),
+  void run(int64_t (*bytes)(const Args*, int, int), Waits (*pass)(const Args*, int, Crew, void*),
            const Args* args, int64_t directions) {
     const int D = int(directions);
-    const bool stalled = pass(args, D, count_, workspace(bytes(args, D, count_)));
-    if (count_ > 1 && products_ < Contention::kShort) contention().report(stalled, nanoseconds());
+    const Waits waits = pass(args, D, crew_, workspace(bytes(args, D, crew_.threads)));
+    if (crew_.threads > 1)
+      contention().report(waits == kWentAlone || (short_ && waits == kStalled), nanoseconds());
   }
 
  private:
-  static Contention& contention() {
-    static Contention of_the_process;
-    return of_the_process;
+  Contention& contention() const {
+    static Contention of_short_calls(20'000'000), of_long_ones(200'000'000);
+    return short_ ? of_short_calls : of_long_ones;
   }
 
-  int64_t products_;
-  int count_ = 1;
+  bool short_;
+  Crew crew_{1, !impatient.load(std::memory_order_relaxed)};
 };
 
 // torch's way to memory from the block cache: tensors that own it, and can be resized like any

@@ -21,20 +21,23 @@ static int64_t workspace_bytes(const Args* args, int directions, int threads) {
 }
 
 template <class Pass, class Args>
-static bool run(const Args* args, int directions, int threads, void* workspace) {
+static Waits run(const Args* args, int directions, Crew crew, void* workspace) {
+  Waits waits = kShortWaits;
   auto attempt = [&](int n) {
     Pass pass(args, directions, n);
     pass.lay_out(workspace);
-    pass.barriers.clear();
+    pass.barriers.clear(crew.patient ? patience(pass.group_products()) : -1);
     // All n threads, though the team may be smaller: OpenMP ends and remakes threads when their
     // number changes.
     const int team = pass.team_size() == 1 ? 1 : n;
-    const Outcome outcome = run_team(team, [&](int thread) { pass.run(thread); });
-    return outcome == kDone && pass.barriers.stalled() ? kStalled : outcome;
+    Barrier end{};
+    const bool has_run = run_team(team, end, [&](int thread) { pass.run(thread); });
+    waits = pass.barriers.waits();
+    if (waits == kShortWaits && end.stalled) waits = kStalled;
+    return has_run;
   };
-  Outcome outcome = attempt(threads);
-  if (outcome == kRefused) outcome = attempt(1);
-  return outcome == kStalled;
+  if (!attempt(crew.threads)) attempt(1);
+  return waits;
 }
 
 template <class T>

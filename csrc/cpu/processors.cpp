@@ -123,16 +123,13 @@ int thread_limit(int wanted, const Processors& found) {
   return std::max(limit, 1);
 }
 
-int Contention::limit(int threads, int64_t products, int64_t now) const {
-  const bool paused = now < until_.load(std::memory_order_relaxed);
-  return paused && products < kShort ? 1 : threads;
-}
+std::atomic<bool> impatient{false};
 
 void Contention::report(bool stalled, int64_t now) {
   if (!stalled) return;
   const int64_t last = pause_.load(std::memory_order_relaxed);
   const bool soon = now - until_.load(std::memory_order_relaxed) < 16 * last;
-  const int64_t pause = soon ? std::min(2 * last, kLongest) : kFirst;
+  const int64_t pause = soon ? std::min(2 * last, kLongest) : first_;
   pause_.store(pause, std::memory_order_relaxed);
   until_.store(now + pause, std::memory_order_relaxed);
 }

@@ -27,24 +27,26 @@ Processors processors();
 // a forked child. A quota of 1.5 counts as 2: half of the time both run.
 int thread_limit(int wanted, const Processors& found);
 
-// Short calls are worth several threads only while each has a processor. Where one was waited for
-// longer than any share of work takes (Barrier::kStallNs), other programs want the processors:
-// short calls then take one thread for a while, twice as long each time that trying again ends soon
-// in the same way. Results do not depend on the number of threads. Any thread may call; a lost
-// update costs a call's time at most.
+// Several threads are worth having only while each has a processor. Where a call lost more time in
+// waiting for one than they save, other programs want the processors: calls of its kind then
+// take one thread for a while, twice as long each time that trying again ends soon in the same way.
+// Results do not depend on it. Any thread may call; a lost update costs a call's time at most.
 class Contention {
  public:
-  // Multiply-adds of a call, one to two milliseconds on one thread, above which it is not short.
-  static constexpr int64_t kShort = 64'000'000;
-
-  // Threads for a call that may have `threads`, at time `now` in nanoseconds.
-  int limit(int threads, int64_t products, int64_t now) const;
-  // How a short call of several threads went.
+  // first: nanoseconds of the first pause.
+  explicit Contention(int64_t first) : first_(first) {}
+  // At time `now`, in nanoseconds.
+  bool paused(int64_t now) const { return now < until_.load(std::memory_order_relaxed); }
+  // How a call of several threads went.
   void report(bool stalled, int64_t now);
 
  private:
-  static constexpr int64_t kFirst = 20'000'000, kLongest = 2'000'000'000;  // nanoseconds
+  static constexpr int64_t kLongest = 2'000'000'000;  // nanoseconds
+  const int64_t first_;
   std::atomic<int64_t> until_{0}, pause_{0};
 };
+
+// Not Crew::patient in all calls to come.
+extern std::atomic<bool> impatient;
 
 }  // namespace fused_lstm::cpu

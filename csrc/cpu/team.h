@@ -6,9 +6,16 @@
 // are therefore split by rows, larger ones by units.
 #pragma once
 
+#include <limits.h>
 #include <time.h>
 
 #include <cstdint>
+
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #if defined(__SANITIZE_THREAD__)
 #include <thread>
@@ -21,6 +28,7 @@
 #endif
 
 #include "../lstm.h"
+#include "dispatch.h"
 #include "packing.h"
 #include "seats.h"
 
@@ -88,37 +96,99 @@ FUSED_LSTM_INLINE int64_t nanoseconds() {
 }
 
 // Spins for some 10 to 20 us, longer than threads of equal shares wait for each other when both are
-// running. Then it yields: the one that it waits for may want this processor.
+// running. Then it yields, for the one that it waits for may want this processor, and then sleeps:
+// whoever has slept is scheduled before those that have computed meanwhile.
+//
+// Beside busy processes every step waits for whoever has lost its processor, for milliseconds.
+// Where that has cost more than several threads save in the whole pass, the last to arrive, which
+// has a processor, goes on alone.
 struct alignas(64) Barrier {
   static constexpr int kSpins = 512;
   static constexpr int64_t kStallNs = 500000;  // a sleeping thread wakes in 100 us at most
 
-  int arrived;
-  int generation;
-  int stalled;  // somebody waited for longer than kStallNs
+  int arrived, generation, asleep;
+  int stalled;       // somebody waited for longer than kStallNs
+  int alone;         // whoever came last has gone on alone
+  int64_t patience;  // nanoseconds lost after which it does; 0: never
+  int64_t lost;      // by all that waited, in stalls far longer than a thread's share of a step
+  int64_t released;  // when the step began
 
-  void wait(int threads) {
-    if (threads == 1) return;
+  // The threads that go on: all, 1 (this one alone) or 0 (another alone).
+  int wait(int threads) {
+    if (threads == 1) return 1;
     const int before = __atomic_load_n(&generation, __ATOMIC_ACQUIRE);
+    const int64_t began = released;
     if (__atomic_add_fetch(&arrived, 1, __ATOMIC_ACQ_REL) == threads) {
       __atomic_store_n(&arrived, 0, __ATOMIC_RELAXED);
-      __atomic_store_n(&generation, before + 1, __ATOMIC_RELEASE);
-      return;
-    }
-    int64_t since = 0;
-    for (int spins = 0; __atomic_load_n(&generation, __ATOMIC_ACQUIRE) == before; ++spins) {
-      if (spins < kSpins) {
-#if defined(__x86_64__)
-        _mm_pause();
-#endif
-        continue;
+      if (patience) {
+        alone = __atomic_load_n(&lost, __ATOMIC_RELAXED) > patience;
+        released = nanoseconds();
       }
-      if (!since) since = nanoseconds();
-      sched_yield();
-      if (nanoseconds() - since > kStallNs) __atomic_store_n(&stalled, 1, __ATOMIC_RELAXED);
+      const int going_on = alone ? 1 : threads;
+      __atomic_store_n(&generation, before + 1, __ATOMIC_SEQ_CST);
+      if (__atomic_load_n(&asleep, __ATOMIC_SEQ_CST)) wake();
+      return going_on;
     }
+    for (int spins = 0; __atomic_load_n(&generation, __ATOMIC_ACQUIRE) == before; ++spins) {
+      if (spins == kSpins) {
+        wait_long(before, began);
+        break;
+      }
+#if defined(__x86_64__)
+      _mm_pause();
+#endif
+    }
+    return alone ? 0 : threads;
   }
+
+ private:
+  void wait_long(int before, int64_t began) {
+    const int64_t since = nanoseconds();
+    int64_t waited = 0;
+    while (__atomic_load_n(&generation, __ATOMIC_ACQUIRE) == before) {
+      if (waited < kStallNs) {
+        sched_yield();
+      } else {
+        __atomic_store_n(&stalled, 1, __ATOMIC_RELAXED);
+        sleep(before);
+      }
+      waited = nanoseconds() - since;
+    }
+    // uneven shares of a long step are no stall
+    if (began && waited > kStallNs && waited > 4 * (since - began))
+      __atomic_add_fetch(&lost, waited, __ATOMIC_RELAXED);
+  }
+
+#if defined(__linux__)
+  // Returns at once where the generation is no longer `before`.
+  void sleep(int before) {
+    __atomic_add_fetch(&asleep, 1, __ATOMIC_SEQ_CST);
+    syscall(SYS_futex, &generation, FUTEX_WAIT_PRIVATE, before, nullptr, nullptr, 0);
+    __atomic_sub_fetch(&asleep, 1, __ATOMIC_SEQ_CST);
+  }
+  void wake() { syscall(SYS_futex, &generation, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0); }
+#else
+  void sleep(int) { sched_yield(); }
+  void wake() {}
+#endif
 };
+
+// Meets the others that share a step. Where one goes on alone, it is false for all but this one, to
+// which it gives everything: 0 to `all` and 0 to `all_others`.
+FUSED_LSTM_INLINE bool meet(Barrier& barrier, int& threads, Range& mine, int64_t all, Range& others,
+                            int64_t all_others) {
+  const int before = threads;
+  threads = barrier.wait(before);
+  if (threads < before) {
+    mine = {0, all};
+    others = {0, all_others};
+  }
+  return threads > 0;
+}
+
+// Nanoseconds lost in a pass of so many multiply-adds after which one thread does the rest: about
+// what two threads save.
+FUSED_LSTM_INLINE int64_t patience(int64_t products) { return Barrier::kStallNs + products / 100; }
 
 // Hands out cache-line-aligned pieces of the workspace; on a null base it only counts.
 struct Arena {
@@ -153,7 +223,8 @@ class NextPanel {
   const char *at_, *end_;
 };
 
-// A pass's barriers, in its workspace.
+// A pass's barriers, in its workspace: one for all its threads, then one for each group that meets
+// at every step.
 struct Barriers {
   Barrier* first = nullptr;
   int64_t count = 0;
@@ -162,31 +233,30 @@ struct Barriers {
     count = wanted;
     first = arena.take<Barrier>(count);
   }
-  void clear() { memset(first, 0, sizeof(Barrier) * size_t(count)); }
+  void clear(int64_t patience) {
+    memset(first, 0, sizeof(Barrier) * size_t(count));
+    for (int64_t index = 1; index < count; ++index) first[index].patience = patience;
+  }
   Barrier& operator[](int64_t index) const { return first[index]; }
-  bool stalled() const {
-    for (int64_t index = 0; index < count; ++index)
-      if (first[index].stalled) return true;
-    return false;
+  Waits waits() const {
+    Waits worst = kShortWaits;
+    for (int64_t index = 0; index < count; ++index) {
+      if (first[index].alone) return kWentAlone;
+      if (first[index].stalled) worst = kStalled;
+    }
+    return worst;
   }
 };
 
-enum Outcome {
-  kRefused,  // nothing has run: OpenMP granted fewer threads than asked for
-  kStalled,  // a thread was waited for at the end for longer than kStallNs
-  kDone
-};
-
-// body(thread) on every thread of the team, or on none: the barriers need them all. They meet at
-// the end, for OpenMP's own barrier spins for milliseconds and would keep a thread's processor from
-// the one that it waits for.
+// body(thread) on every thread of the team, or on none, and false, where OpenMP grants fewer: the
+// barriers need them all. They meet at `end`, for OpenMP's own barrier spins for milliseconds and
+// would keep a thread's processor from the one that it waits for.
 template <class Body>
-static Outcome run_team(int threads, const Body& body) {
+static bool run_team(int threads, Barrier& end, const Body& body) {
   if (threads == 1) {
     body(0);
-    return kDone;
+    return true;
   }
-  Barrier end{};
 #if defined(__SANITIZE_THREAD__)  // which knows nothing of how OpenMP's threads wait for each other
   std::vector<std::thread> others;
   for (int thread = 1; thread < threads; ++thread)
@@ -197,6 +267,7 @@ static Outcome run_team(int threads, const Body& body) {
   body(0);
   end.wait(threads);
   for (std::thread& other : others) other.join();
+  return true;
 #elif defined(_OPENMP)
   bool complete = true;
   Seats seats;
@@ -210,11 +281,10 @@ static Outcome run_team(int threads, const Body& body) {
       complete = false;
     }
   }
-  if (!complete) return kRefused;
+  return complete;
 #else
-  return kRefused;
+  return false;
 #endif
-  return end.stalled ? kStalled : kDone;
 }
 
 // Columns of a plain product (not gates) cut into blocks of up to four vectors.

@@ -84,6 +84,7 @@ struct Case {
   int directions, threads;
   bool forward_only = false;
   std::vector<int64_t> sizes = {};  // of the batch at each step, packed; empty: some that shrink
+  bool patient = true;              // the crew's
 };
 
 struct Outcome {
@@ -191,7 +192,7 @@ Outcome run_with(const cpu::Kernel& kernel, Dtype dtype, const Case& c, Fill&& f
   auto call = [&](auto workspace, auto pass, auto* args) {
     std::vector<char> space(size_t(workspace(args, c.directions, c.threads)) + 64);
     pass(
-        args, c.directions, c.threads,
+        args, c.directions, cpu::Crew{c.threads, c.patient},
         reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(space.data()) + 63) & ~uintptr_t(63)));
   };
   call(kernel.forward_workspace, kernel.forward, forward);
