@@ -17,8 +17,8 @@ struct Crew {
 // How long a pass's threads waited for each other.
 enum Waits {
   kShortWaits,
-  kStalled,   // for longer than any share of a short pass's work takes
-  kWentAlone  // for longer than several threads save, so that one of them did the rest
+  kStalled,  // for longer than any share of a short pass's work takes
+  kLost      // for longer than several threads save; one may have gone on alone
 };
 
 // One instruction set's entry points for one compute dtype. `directions` structs (1 or 2) of the

@@ -49,7 +49,7 @@ class Threads {
   explicit Threads(const Layer& layer)
       : short_(layer.N * 4 * layer.H * (layer.I + layer.P) * layer.directions < 64'000'000) {
     const int wanted = at::in_parallel_region() ? 1 : at::get_num_threads();
-    if (wanted > 1 && !contention().paused(nanoseconds()))
+    if (wanted > 1 && !(crew_.patient && contention().paused(nanoseconds())))
       crew_.threads = thread_limit(wanted, processors());
   }
 
@@ -59,8 +59,8 @@ class Threads {
            const Args* args, int64_t directions) {
     const int D = int(directions);
     const Waits waits = pass(args, D, crew_, workspace(bytes(args, D, crew_.threads)));
-    if (crew_.threads > 1)
-      contention().report(waits == kWentAlone || (short_ && waits == kStalled), nanoseconds());
+    if (crew_.threads > 1 && crew_.patient)
+      contention().report(waits == kLost || (short_ && waits == kStalled), nanoseconds());
   }
 
  private:

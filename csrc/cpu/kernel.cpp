@@ -26,14 +26,16 @@ static Waits run(const Args* args, int directions, Crew crew, void* workspace) {
   auto attempt = [&](int n) {
     Pass pass(args, directions, n);
     pass.lay_out(workspace);
-    pass.barriers.clear(crew.patient ? patience(pass.group_products()) : -1);
+    const int64_t now = nanoseconds();
+    pass.barriers.clear(crew.patient ? patience(pass.group_products()) : -1, now);
     // All n threads, though the team may be smaller: OpenMP ends and remakes threads when their
     // number changes.
     const int team = pass.team_size() == 1 ? 1 : n;
     Barrier end{};
+    end.released = now;
     const bool has_run = run_team(team, end, [&](int thread) { pass.run(thread); });
     waits = pass.barriers.waits();
-    if (waits == kShortWaits && end.stalled) waits = kStalled;
+    if (waits != kLost && end.stalled) waits = end.lost ? kLost : kStalled;
     return has_run;
   };
   if (!attempt(crew.threads)) attempt(1);

@@ -110,8 +110,8 @@ struct alignas(64) Barrier {
   int stalled;       // somebody waited for longer than kStallNs
   int alone;         // whoever came last has gone on alone
   int64_t patience;  // nanoseconds lost after which it does; 0: never
-  int64_t lost;      // by all that waited, in stalls far longer than a thread's share of a step
-  int64_t released;  // when the step began
+  int64_t lost;      // by all that waited, in stalls over twice as long as their own work
+  int64_t released;  // when that began
 
   // The threads that go on: all, 1 (this one alone) or 0 (another alone).
   int wait(int threads) {
@@ -154,8 +154,8 @@ struct alignas(64) Barrier {
       }
       waited = nanoseconds() - since;
     }
-    // uneven shares of a long step are no stall
-    if (began && waited > kStallNs && waited > 4 * (since - began))
+    // the wait for a share up to three times as large is no stall
+    if (waited > kStallNs && waited > 2 * (since - began))
       __atomic_add_fetch(&lost, waited, __ATOMIC_RELAXED);
   }
 
@@ -233,15 +233,16 @@ struct Barriers {
     count = wanted;
     first = arena.take<Barrier>(count);
   }
-  void clear(int64_t patience) {
+  void clear(int64_t patience, int64_t now) {
     memset(first, 0, sizeof(Barrier) * size_t(count));
+    for (int64_t index = 0; index < count; ++index) first[index].released = now;
     for (int64_t index = 1; index < count; ++index) first[index].patience = patience;
   }
   Barrier& operator[](int64_t index) const { return first[index]; }
   Waits waits() const {
     Waits worst = kShortWaits;
     for (int64_t index = 0; index < count; ++index) {
-      if (first[index].alone) return kWentAlone;
+      if (first[index].alone || (index == 0 && first[index].lost)) return kLost;
       if (first[index].stalled) worst = kStalled;
     }
     return worst;
