@@ -1,6 +1,6 @@
 // Which path serves a call, and how the persistent path cuts it up. Pure C++.
 //
-// The persistent kernels keep the recurrent weights of `units` hidden units in each block, in
+// The persistent kernels keep the recurrent weights of 16 hidden units in each block, in
 // registers as far as they go, in shared memory beyond, and in L2 what that does not hold. The
 // blocks of one team, `slices` of them, hold all the weights of one direction and serve `tiles`
 // tiles of the batch, one after the other in each step; `groups` teams share the batch. All blocks
@@ -37,9 +37,9 @@ inline int weight_chunks(Operands operands, int columns) {
 }
 
 // Chunks of weights that a warp keeps in registers: as many as leave room for the rest of what a
-// thread needs among its 255 registers: what is in flight of the states too, which
-// backward is a team's whole share up to H 1024 in 16 bits (product.cuh). nvcc's report decides:
-// nothing may spill.
+// thread needs among its 255 registers: what is in flight of the states too, which backward is a
+// team's whole share up to H 1024 in 16 bits (product.cuh). nvcc's report decides: nothing may
+// spill.
 constexpr int register_chunks(Pass pass, Operands operands) {
   if (pass == kBackward) return 12;
   return operands == kF32 ? 2 : 4;

@@ -274,8 +274,6 @@ constexpr int chunks_ahead() {
   return kOperands == kTf32 ? 6 / NT : 5 - NT;
 }
 
-// The states that the blocks of a team publish in global memory: each lane polls the very words
-// that it multiplies until none is kNotYet, so no flag, no fence and no second trip to L2.
 // What a lane fetches of its rows of a tile.
 template <int NT>
 struct Aim {
@@ -284,6 +282,8 @@ struct Aim {
   int limits[NT];  // of this lane's chunks: none where the row takes no part
 };
 
+// The states that the blocks of a team publish in global memory: each lane polls the very words
+// that it multiplies until none is kNotYet, so no flag, no fence and no second trip to L2.
 template <Operands kOperands, int MT, int NT>
 struct PublishedStates {
   static constexpr int kAhead = chunks_ahead<kOperands, MT, NT>();
@@ -305,9 +305,8 @@ struct PublishedStates {
     for (int i = 0; i < kAhead; ++i) {
       if (i % kTogether == 0 && first + i >= chunks) return;
 #pragma unroll
-      for (int nt = 0; nt < NT; ++nt) {
+      for (int nt = 0; nt < NT; ++nt)
         state[i][nt] = load_published_or_zero(first + i < aim.limits[nt], at(first + i, nt));
-      }
     }
   }
 
