@@ -139,14 +139,12 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
   Weights<1, kRegisterChunks<kBackward, kOperands>> weights;
   weights.load(params.direction[place.direction].weights, tiling, shared);
 
-  // This thread's cell: one unit, and the same row of each tile. Of a thread that serves, the place
-  // of the one that it serves.
   const bool owner = thread < kCells;
-  const int of = thread % kCells, row = of / 8 % kRows;
-  const int block_unit = of / (8 * kRows) * 8 + of % 8;
-  const int unit = place.slice * kUnitsInTeam + block_unit;
-  const bool real = unit < H;
-  const Handed handed{reinterpret_cast<Words*>(shared + tiling.handed), kCells, of};
+  // Of a thread that serves, the place of the one that it serves.
+  const CellPlace<NT> own(thread % kCells, place.slice, H);
+  const int row = own.row, unit = own.unit;
+  const bool real = own.real;
+  const Handed handed{reinterpret_cast<Words*>(shared + tiling.handed), kCells, thread % kCells};
   for (int tile = 0; owner && tile < tiling.tiles; ++tile) {
     const int b = (tile * tiling.groups + place.group) * kRows + row;
     const bool here = given.grad_c_n && real && b < extent.B;
@@ -224,7 +222,7 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
     if (!early) source.set_out(here, weights.chunks, state);
     if (kServed && !owner && more) load_saved(walk.turn());
     // One unit of eight does it for all of them: their cells lie in the same sectors.
-    if (works && real && unit % 8 == 0)
+    if (works && real && own.u == 0)
       prefetch_cell<T>(given, extent, turn.s + kStepsPrefetched,
                        walk.rows(turn.s + kStepsPrefetched), turn.row_0 + row, unit, padded);
     Sums<kOperands, 1, NT, 4 / NT> sums;
@@ -244,7 +242,8 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
       if (kServed) handed.take(copy, slopes, dh_given);
       const int b = turn.row_0 + row, r = turn.now.first + b;
       const bool in_step = b < turn.now.count;
-      const float dh = dh_given + gather(partials + partial_sum_of<NT>(block_unit, row), kCells);
+      const float dh =
+          dh_given + gather(partials + partial_sum_of<NT>(8 * own.mu + own.u, row), kCells);
       float* const dc = cell + turn.tile * kCells + thread;
       CellGradient<float> found = cell_gradient(slopes, dh, load_element(dc));
       uint32_t word[4];

@@ -32,22 +32,6 @@ FUSED_LSTM_DEVICE int partial_sum_of(int mu, int u, int n) {
   return ((mu * NT + n / 8) * 2 + n % 2) * 32 + u * 4 + (n % 8 / 2 ^ u / 2);
 }
 
-// A thread's cell: one unit, and the same row of each tile.
-template <int NT>
-struct CellPlace {
-  int mu, u;  // the block's unit 8 mu + u
-  int row;    // of the tile
-  int unit;   // of all
-  bool real;
-
-  FUSED_LSTM_DEVICE CellPlace(int cell, int slice, int H)
-      : mu(cell / (64 * NT)),
-        u(cell % 8),
-        row(cell / 8 % (8 * NT)),
-        unit(slice * kUnitsInTeam + 8 * mu + u),
-        real(unit < H) {}
-};
-
 // Adds the warps' partial sums for one cell's gates, `copy` Words apart.
 FUSED_LSTM_DEVICE void gather(float (&sum)[4], const Words* partials, int copy) {
   Words partial[kWarpsInTeam];

@@ -124,6 +124,22 @@ struct Place {
   }
 };
 
+// A thread's cell: one unit, and the same row of each tile.
+template <int NT>
+struct CellPlace {
+  int mu, u;  // the block's unit 8 mu + u
+  int row;    // of the tile
+  int unit;   // of all
+  bool real;
+
+  FUSED_LSTM_DEVICE CellPlace(int cell, int slice, int H)
+      : mu(cell / (64 * NT)),
+        u(cell % 8),
+        row(cell / 8 % (8 * NT)),
+        unit(slice * kUnitsInTeam + 8 * mu + u),
+        real(unit < H) {}
+};
+
 // How far ahead of their use the loads of a step are asked of memory: some 4 us.
 constexpr int kStepsPrefetched = 4;
 
@@ -135,8 +151,8 @@ struct Turn {
 
 // The steps in the order they are run in, and in each the batch tiles of one team: one tile at
 // first_row, the others each `stride` rows further. With the teams in turn between them, each team
-// has long and short sequences alike. The rows of a step are looked up a step ahead: for a packed
-// sequence that is a load, for which nobody waits then.
+// has long and short sequences alike. The rows of a step are looked up a step ahead, for
+// who has its last step is to know it.
 class Walk {
  public:
   FUSED_LSTM_DEVICE Walk(const Extent& extent, const Tiling& tiling, int first_row, int stride,
