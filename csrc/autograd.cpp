@@ -12,25 +12,17 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
+#include "schemas.h"
+
 namespace fused_lstm {
 namespace {
 
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using Optional = std::optional<Tensor>;
-
-using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Optional&,
-                                                                   const Tensor&, const Tensor&,
-                                                                   at::TensorList);
-using Gradients = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
-using Backward = Gradients(const Optional&, const Optional&, const Optional&, const Tensor&,
-                           const Optional&, const Tensor&, const Tensor&, at::TensorList,
-                           const Tensor&, const Tensor&, const Tensor&, c10::List<bool>);
-using BackwardConsuming = Gradients(const Optional&, const Optional&, const Optional&,
-                                    const Tensor&, const Optional&, const Tensor&, const Tensor&,
-                                    at::TensorList, const Tensor&, Tensor&, const Tensor&,
-                                    c10::List<bool>);
+using Forward = ForwardSignature<OutputAndSaved>;
+using Backward = BackwardSignature<const Tensor&>;
+using BackwardConsuming = BackwardSignature<Tensor&>;
 
 template <class Signature>
 c10::TypedOperatorHandle<Signature> find(const std::string& library, const char* name) {
@@ -44,15 +36,17 @@ struct Operators {
   c10::TypedOperatorHandle<Forward> forward;
   c10::TypedOperatorHandle<Backward> backward;
   c10::TypedOperatorHandle<BackwardConsuming> backward_consuming;
+  c10::TypedOperatorHandle<Backward> backward_by_reference;
 
   explicit Operators(const std::string& library)
       : forward(find<Forward>(library, "lstm_forward")),
         backward(find<Backward>(library, "lstm_backward")),
-        backward_consuming(find<BackwardConsuming>(library, "lstm_backward_consuming")) {}
+        backward_consuming(find<BackwardConsuming>(library, "lstm_backward_consuming")),
+        backward_by_reference(find<Backward>("fused_lstm", "lstm_backward_by_reference")) {}
 
   static const Operators& of(bool triton) {
     if (triton) {
-      static const Operators operators("fused_lstm_triton");  // defined in Python
+      static const Operators operators("fused_lstm_triton");
       return operators;
     }
     static const Operators operators("fused_lstm");
@@ -68,23 +62,6 @@ bool is_transformed(const variable_list& grads) {
   for (const Tensor& grad : grads)  // by is_grads_batched=True, whose vmap is not torch.func's
     if (grad.defined() && at::isBatchedTensor(grad)) return true;
   return false;
-}
-
-// In Python (fused_lstm/ops.py): its kernel itself, for dispatching the operator would apply the
-// transforms to it.
-Gradients backward_by_reference(const variable_list& grads, const variable_list& saved,
-                                const std::vector<Tensor>& weights, const c10::List<bool>& needs) {
-  static const auto handle =
-      c10::Dispatcher::singleton().findSchemaOrThrow("fused_lstm::lstm_backward_by_reference", "");
-  torch::jit::Stack stack;
-  for (const Tensor& grad : grads)
-    stack.emplace_back(grad.defined() ? c10::IValue(grad) : c10::IValue());
-  for (int k = 0; k < 4; ++k)
-    stack.emplace_back(saved[k].defined() ? c10::IValue(saved[k]) : c10::IValue());
-  stack.emplace_back(weights);
-  stack.emplace_back(needs);
-  handle.callBoxedForDispatchKey(c10::DispatchKey::CPU, stack);
-  return {stack[0].toTensor(), stack[1].toTensor(), stack[2].toTensor(), stack[3].toTensorVector()};
 }
 
 }  // namespace
@@ -124,15 +101,26 @@ struct Recorded : torch::autograd::Function<Recorded> {
     return found;
   }
 
-  static Gradients gradients(AutogradContext* ctx, const variable_list& grads, variable_list& saved,
-                             const std::vector<Tensor>& weights, const c10::List<bool>& needs) {
-    if (is_transformed(grads)) return backward_by_reference(grads, saved, weights, needs);
+  static GradientTuple gradients(AutogradContext* ctx, const variable_list& grads,
+                                 variable_list& saved, const std::vector<Tensor>& weights,
+                                 const c10::List<bool>& needs) {
     const Operators& operators = Operators::of(ctx->saved_data["triton"].toBool());
     const auto optional = [](const Tensor& t) { return t.defined() ? Optional(t) : Optional(); };
+    const auto give = [&](const auto& backward, const Tensor& output) {
+      return backward(optional(grads[0]), optional(grads[1]), optional(grads[2]), saved[kInput],
+                      optional(saved[kBatchSizes]), saved[kH0], saved[kC0], weights, output,
+                      saved[kGates], saved[kCells], needs);
+    };
+    // Its kernel itself: dispatching the operator would apply the transforms to it.
+    if (is_transformed(grads))
+      return give(
+          [&](const auto&... arguments) {
+            return operators.backward_by_reference.redispatch(
+                c10::DispatchKeySet(c10::DispatchKey::CPU), arguments...);
+          },
+          saved[kOutput]);
     const auto call = [&](const auto& backward, const Tensor& output) {
-      return backward.call(optional(grads[0]), optional(grads[1]), optional(grads[2]),
-                           saved[kInput], optional(saved[kBatchSizes]), saved[kH0], saved[kC0],
-                           weights, output, saved[kGates], saved[kCells], needs);
+      return give([&](auto&&... arguments) { return backward.call(arguments...); }, output);
     };
     // Gradients to be differentiated again recompute the output: what depends on it does not pass
     // through its own node.
@@ -154,9 +142,8 @@ struct Recorded : torch::autograd::Function<Recorded> {
 
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> recorded(bool triton, const Tensor& input,
-                                            const Optional& batch_sizes, const Tensor& h_0,
-                                            const Tensor& c_0, at::TensorList weights) {
+OutputAndStates recorded(bool triton, const Tensor& input, const Optional& batch_sizes,
+                         const Tensor& h_0, const Tensor& c_0, at::TensorList weights) {
   variable_list results = Recorded::apply(triton, &batch_sizes, input, h_0, c_0, weights);
   return {results[0], results[1], results[2]};
 }
@@ -165,10 +152,12 @@ std::tuple<Tensor, Tensor, Tensor> recorded(bool triton, const Tensor& input,
 
 TORCH_LIBRARY_FRAGMENT(fused_lstm, m) {
   // lstm_forward, Triton's or the compiled one, without gates and cells.
-  m.def(
-      "lstm_recorded(bool triton, Tensor input, Tensor? batch_sizes, Tensor h_0, Tensor c_0, "
-      "Tensor[] weights) -> (Tensor output, Tensor h_n, Tensor c_n)",
-      &recorded);
+  m.def(("lstm_recorded(bool triton, " + kLayerArguments + ") -> (Tensor output, Tensor h_n, " +
+         "Tensor c_n)")
+            .c_str(),
+        &recorded);
+  // lstm_backward under a transform, implemented in Python (fused_lstm/ops.py).
+  m.def(backward_schema("lstm_backward_by_reference", "Tensor").c_str());
 }
 
 }  // namespace fused_lstm

@@ -30,10 +30,23 @@ struct Sequence {
   int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
   int64_t first_row(int64_t t) const { return offsets ? offsets[t] : t * B; }
   int64_t step(int64_t s, bool backward) const { return reverse != backward ? T - 1 - s : s; }
+  // The state before a row's step: with the step `before(t)`, in the direction's own order, the
+  // first `continued(t)` rows of step t ended; the others begin here, with h_0 and c_0.
+  int64_t before(int64_t t) const { return reverse ? t + 1 : t - 1; }
+  int64_t continued(int64_t t) const {
+    const int64_t step = before(t);
+    if (step < 0 || step >= T) return 0;
+    return rows(step) < rows(t) ? rows(step) : rows(t);
+  }
   // Where row (t, b) of a tensor lies that is given by strides.
   int64_t offset(int64_t t, int64_t b, int64_t stride_t, int64_t stride_b) const {
     return offsets ? (offsets[t] + b) * stride_b : t * stride_t + b * stride_b;
   }
+};
+
+// Rows that follow each other, as a GPU takes them: how many, and which is the first.
+struct RowRun {
+  int32_t count, first;
 };
 
 struct Forward {

@@ -4,13 +4,13 @@
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/List.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "layer.h"
 #include "lstm.h"
+#include "schemas.h"
 
 namespace fused_lstm {
 
@@ -29,6 +29,11 @@ inline Dtype dtype_of(const at::Tensor& t) {
                   "fused_lstm: the kernels take float32, float64, bfloat16 and float16, got ",
                   t.scalar_type(), ": use backend(\"reference\")");
   }
+}
+
+// Uninitialised.
+inline at::Tensor empty(at::IntArrayRef shape, const at::TensorOptions& options) {
+  return at::empty(shape, options);
 }
 
 inline at::Tensor dense_rows(const at::Tensor& t) {
@@ -179,54 +184,13 @@ struct LayerGradients {
 };
 
 template <Results (*forward)(const ForwardCall&), LayerGradients (*backward)(const BackwardCall&)>
-struct Operators {
-  using Optional = std::optional<at::Tensor>;
-
-  static std::tuple<at::Tensor, at::Tensor, at::Tensor> lstm_inference(const at::Tensor& input,
-                                                                       const Optional& batch_sizes,
-                                                                       const at::Tensor& h_0,
-                                                                       const at::Tensor& c_0,
-                                                                       at::TensorList weights) {
-    const BelowAutograd guard;
-    Results r = run({input, batch_sizes, h_0, c_0, weights, false});
-    return {r.output, r.h_n, r.c_n};
-  }
-
-  static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> lstm_forward(
-      const at::Tensor& input, const Optional& batch_sizes, const at::Tensor& h_0,
-      const at::Tensor& c_0, at::TensorList weights) {
-    const BelowAutograd guard;
-    Results r = run({input, batch_sizes, h_0, c_0, weights, true});
-    return {r.output, r.h_n, r.c_n, r.gates, r.cells};
-  }
-
-  static std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> lstm_backward(
-      const Optional& grad_output, const Optional& grad_h_n, const Optional& grad_c_n,
-      const at::Tensor& input, const Optional& batch_sizes, const at::Tensor& h_0,
-      const at::Tensor& c_0, at::TensorList weights, const at::Tensor& output,
-      const at::Tensor& gates, const at::Tensor& cells, c10::List<bool> needs) {
-    const BelowAutograd guard;
-    return run({grad_output, grad_h_n, grad_c_n, input, batch_sizes, h_0, c_0, weights, output,
-                gates, cells, needs, false});
-  }
-
-  static std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>>
-  lstm_backward_consuming(const Optional& grad_output, const Optional& grad_h_n,
-                          const Optional& grad_c_n, const at::Tensor& input,
-                          const Optional& batch_sizes, const at::Tensor& h_0, const at::Tensor& c_0,
-                          at::TensorList weights, const at::Tensor& output, at::Tensor& gates,
-                          const at::Tensor& cells, c10::List<bool> needs) {
-    const BelowAutograd guard;
-    gates.unsafeGetTensorImpl()->bump_version();  // for whoever saved them elsewhere, too
-    return run({grad_output, grad_h_n, grad_c_n, input, batch_sizes, h_0, c_0, weights, output,
-                gates, cells, needs, true});
-  }
-
+class Operators {
+ public:
   static void implement(torch::Library& m) {
-    m.impl("lstm_inference", &lstm_inference);
-    m.impl("lstm_forward", &lstm_forward);
-    m.impl("lstm_backward", &lstm_backward);
-    m.impl("lstm_backward_consuming", &lstm_backward_consuming);
+    m.impl("lstm_inference", &ForwardKernel<false, ForwardSignature<OutputAndStates>>::call);
+    m.impl("lstm_forward", &ForwardKernel<true, ForwardSignature<OutputAndSaved>>::call);
+    m.impl("lstm_backward", &BackwardKernel<false, BackwardSignature<const at::Tensor&>>::call);
+    m.impl("lstm_backward_consuming", &BackwardKernel<true, BackwardSignature<at::Tensor&>>::call);
   }
 
  private:
@@ -236,21 +200,39 @@ struct Operators {
     c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
   };
 
-  // No rows means no sequences: nothing runs, and a gradient is a sum of nothing.
-  static Results run(const ForwardCall& call) {
-    const auto empty = [](at::IntArrayRef shape, const at::TensorOptions& options) {
-      return at::empty(shape, options);
-    };
-    return call.layer.N > 0 ? forward(call) : Results(call, empty);
-  }
-  static std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> run(
-      const BackwardCall& call) {
-    LayerGradients grads = call.layer.N > 0 ? backward(call) : LayerGradients(call, no_rows_sum);
-    return {grads.input, grads.h_0, grads.c_0, std::move(grads.weights)};
-  }
-  static at::Tensor no_rows_sum(at::IntArrayRef shape, const at::TensorOptions& options) {
-    return at::zeros(shape, options);
-  }
+  // An operator's kernel, with the arguments of its signature.
+  template <bool save, class Signature>
+  struct ForwardKernel;
+  template <bool save, class Returns, class... Arguments>
+  struct ForwardKernel<save, Returns(Arguments...)> {
+    static Returns call(Arguments... arguments) {
+      const BelowAutograd guard;
+      const ForwardCall call(arguments..., save);
+      // No rows means no sequences: nothing runs.
+      const Results r = call.layer.N > 0 ? forward(call) : Results(call, empty);
+      if constexpr (save)
+        return {r.output, r.h_n, r.c_n, r.gates, r.cells};
+      else
+        return {r.output, r.h_n, r.c_n};
+    }
+  };
+
+  template <bool consume, class Signature>
+  struct BackwardKernel;
+  template <bool consume, class... Arguments>
+  struct BackwardKernel<consume, GradientTuple(Arguments...)> {
+    static GradientTuple call(Arguments... arguments) {
+      const BelowAutograd guard;
+      const BackwardCall call(arguments..., consume);
+      if (consume) call.gates.unsafeGetTensorImpl()->bump_version();  // for others that saved them
+      // Without sequences a gradient is a sum of nothing.
+      LayerGradients grads = call.layer.N > 0 ? backward(call) : LayerGradients(call, zeros);
+      return {grads.input, grads.h_0, grads.c_0, std::move(grads.weights)};
+    }
+    static at::Tensor zeros(at::IntArrayRef shape, const at::TensorOptions& options) {
+      return at::zeros(shape, options);
+    }
+  };
 };
 
 }  // namespace fused_lstm

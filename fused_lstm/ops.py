@@ -1,13 +1,12 @@
 """What torch must know of the operators: shapes, gradients, vmap, FLOP counts.
 
 The operators themselves, one LSTM layer with all its directions each, are registered by the
-compiled part; csrc/schemas.h holds their schemas. Triton's kernels are as many more of the same:
-on a GPU that both serve, a backward must be of the backend that ran the forward. Shapes here: T
-steps, B sequences, I inputs, H cells, P outputs of one direction (H without projection), D
-directions, N rows (T*B, or packed).
+compiled part; csrc/schemas.h holds their schemas. Triton's are as many more of the same
+(csrc/triton.cpp). Shapes here: T steps, B sequences, I inputs, H cells, P outputs of one direction
+(H without projection), D directions, N rows (T*B, or packed).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,12 +35,9 @@ def _operators(namespace: str) -> Operators:
 
 
 _compiled = _operators("fused_lstm")
-_library = torch.library.Library("fused_lstm_triton", "DEF")
-for _operator in _compiled:
-    _library.define(str(_operator._schema).partition("::")[2])
-for _name in Operators._fields:
-    for _key in ("CUDA", "XPU"):  # AMD's GPUs have CUDA's key
-        _library.impl(_name, getattr(triton, _name), _key)
+_recurrence = torch.library.Library("fused_lstm_triton", "IMPL")
+for _name in ("recurrence_forward", "recurrence_backward"):
+    _recurrence.impl(_name, getattr(triton, _name), "CompositeExplicitAutograd")
 _of_triton = _operators("fused_lstm_triton")
 
 # By the name of the backend.
@@ -53,117 +49,113 @@ _recorded = torch.ops.fused_lstm.lstm_recorded.default
 RECORDED = {name: partial(_recorded, name == "triton") for name in OPERATORS}
 
 
+# --- their arguments, by the names and in the order of the schemas --------------------------------
+
+
+class LayerArguments(NamedTuple):
+    input: Any
+    batch_sizes: Any
+    h_0: Any
+    c_0: Any
+    weights: Any
+
+
+class BackwardArguments(NamedTuple):
+    """Tensors, or for each of them its shape, or whether it needs a gradient, as torch gives it."""
+
+    grad_output: Any
+    grad_h_n: Any
+    grad_c_n: Any
+    input: Any
+    batch_sizes: Any
+    h_0: Any
+    c_0: Any
+    weights: Any
+    output: Any
+    gates: Any
+    cells: Any
+    needs: Any
+
+    def layer(self) -> LayerArguments:
+        return LayerArguments(*self[3:8])
+
+    def cotangents(self) -> tuple[Any, Any, Any]:
+        return self.grad_output, self.grad_h_n, self.grad_c_n
+
+    def differentiable(self) -> tuple[Any, ...]:
+        """The tensors that `needs` is about: input, h_0, c_0, weights."""
+        return self.input, self.h_0, self.c_0, *self.weights
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, list[Tensor]]
+
+
+def _gradients(found: Iterable[Tensor]) -> Gradients:
+    """As the operators return them."""
+    of_input, of_h_0, of_c_0, *of_weights = found
+    return of_input, of_h_0, of_c_0, of_weights
+
+
 # --- shapes, for torch.compile, FakeTensor and the meta device ------------------------------------
 
 
-def _inference_shapes(
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    h_0: Tensor,
-    c_0: Tensor,
-    weights: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    output = input.new_empty((*input.shape[:-1], h_0.shape[0] * h_0.shape[2]))
-    return output, input.new_empty(h_0.shape), input.new_empty(c_0.shape)
+def _inference_shapes(*arguments: Any) -> tuple[Tensor, ...]:
+    of = LayerArguments(*arguments)
+    output = of.input.new_empty((*of.input.shape[:-1], of.h_0.shape[0] * of.h_0.shape[2]))
+    return output, of.input.new_empty(of.h_0.shape), of.input.new_empty(of.c_0.shape)
 
 
-def _forward_shapes(
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    h_0: Tensor,
-    c_0: Tensor,
-    weights: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows = input.shape[0] * input.shape[1] if batch_sizes is None else input.shape[0]
-    output = input.new_empty((*input.shape[:-1], h_0.shape[0] * h_0.shape[2]))
-    gates = input.new_empty((c_0.shape[0], rows, 4 * c_0.shape[2]))
-    cells = input.new_empty((c_0.shape[0], rows, c_0.shape[2]))
-    return output, input.new_empty(h_0.shape), input.new_empty(c_0.shape), gates, cells
+def _forward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
+    of = LayerArguments(*arguments)
+    rows, (D, _, H) = _rows(of.input.shape), of.c_0.shape
+    saved = of.input.new_empty((D, rows, 4 * H)), of.input.new_empty((D, rows, H))
+    return *_inference_shapes(*arguments), *saved
 
 
-def _backward_shapes(
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    h_0: Tensor,
-    c_0: Tensor,
-    weights: Sequence[Tensor],
-    output: Tensor,
-    gates: Tensor,
-    cells: Tensor,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    grads = [
-        input.new_empty(tensor.shape if need else (0,))
-        for tensor, need in zip((input, h_0, c_0, *weights), needs, strict=True)
-    ]
-    return grads[0], grads[1], grads[2], grads[3:]
+def _backward_shapes(*arguments: Any) -> Gradients:
+    of = BackwardArguments(*arguments)
+    return _gradients(
+        of.input.new_empty(tensor.shape if need else (0,))
+        for tensor, need in zip(of.differentiable(), of.needs, strict=True)
+    )
 
 
 # --- gradients ------------------------------------------------------------------------------------
 
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, batch_sizes, h_0, c_0, weights = inputs
+    *layer, weights = LayerArguments(*inputs)
     sequence, _, _, gates, cells = output
     ctx.mark_non_differentiable(gates, cells)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(input, batch_sizes, h_0, c_0, sequence, gates, cells, *weights)
+    ctx.save_for_backward(sequence, gates, cells, *layer, *weights)
 
 
-def _backward(
-    lstm_backward: OpOverload,
-    ctx: Any,
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    grad_gates: None,
-    grad_cells: None,
-) -> tuple[Any, ...]:
-    input, batch_sizes, h_0, c_0, output, gates, cells, *weights = ctx.saved_tensors
-    needs_input, _, needs_h_0, needs_c_0, needs_weights = ctx.needs_input_grad
-    needs = [needs_input, needs_h_0, needs_c_0, *needs_weights]
-    given = (grad_output, grad_h_n, grad_c_n, input, batch_sizes, h_0, c_0, weights)
-    if transform_under_way() or any(map(_is_batched, given[:3])):
-        *states, of_weights = _backward_by_reference(*given, needs)
-    else:
-        *states, of_weights = lstm_backward(*given, output, gates, cells, needs)
+def _backward(lstm_backward: OpOverload, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    output, gates, cells, input, batch_sizes, h_0, c_0, *weights = ctx.saved_tensors
+    need = LayerArguments(*ctx.needs_input_grad)
+    needs = [need.input, need.h_0, need.c_0, *need.weights]
+    cotangents = grads[:3]  # gates and cells have none
+    layer = LayerArguments(input, batch_sizes, h_0, c_0, weights)
+    arguments = BackwardArguments(*cotangents, *layer, output, gates, cells, needs)
+    by_reference = transform_under_way() or any(map(_is_batched, cotangents))
+    *states, of_weights = (_backward_by_reference if by_reference else lstm_backward)(*arguments)
     found = (*states, *of_weights)
-    grads = [grad if need else None for grad, need in zip(found, needs, strict=True)]
-    return grads[0], None, grads[1], grads[2], grads[3:]
+    wanted = [grad if need else None for grad, need in zip(found, needs, strict=True)]
+    return tuple(LayerArguments(wanted[0], None, wanted[1], wanted[2], wanted[3:]))
 
 
-def _backward_by_reference(
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    h_0: Tensor,
-    c_0: Tensor,
-    weights: Sequence[Tensor],
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+def _backward_by_reference(*arguments: Any) -> Gradients:
     """`lstm_backward` under vmap, for which it has no batching rule: the Jacobian of what was
     recorded outside."""
-    with torch.autocast(input.device.type, enabled=False):
-        found = _reference_gradients(
-            (grad_output, grad_h_n, grad_c_n), (input, h_0, c_0, *weights), batch_sizes, needs
-        )
-    grads = [input.new_empty((0,)) if grad is None else grad for grad in found]
-    return grads[0], grads[1], grads[2], grads[3:]
+    of = BackwardArguments(*arguments)
+    with torch.autocast(of.input.device.type, enabled=False):
+        found = _reference_gradients(of.cotangents(), of.differentiable(), of.batch_sizes, of.needs)
+    return _gradients(of.input.new_empty((0,)) if grad is None else grad for grad in found)
 
 
-# For csrc/autograd.cpp, which calls this kernel, wherever the tensors are: dispatching the operator
-# would apply the transforms to it.
-_from_here = torch.library.Library("fused_lstm", "FRAGMENT")
-_from_here.define(
-    "lstm_backward_by_reference(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, "
-    "Tensor input, Tensor? batch_sizes, Tensor h_0, Tensor c_0, Tensor[] weights, bool[] needs)"
-    " -> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)"
-)
+# For csrc/autograd.cpp, which calls this kernel, wherever the tensors are.
+_from_here = torch.library.Library("fused_lstm", "IMPL")
 _from_here.impl("lstm_backward_by_reference", _backward_by_reference, "CPU")
 
 
@@ -207,10 +199,10 @@ def transform_under_way() -> bool:
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    *grads, input, batch_sizes, h_0, c_0, weights, _, _, _, needs = inputs
-    ctx.needs = needs
+    of = BackwardArguments(*inputs)
+    ctx.needs = of.needs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(batch_sizes, *grads, input, h_0, c_0, *weights)
+    ctx.save_for_backward(of.batch_sizes, *of.cotangents(), *of.differentiable())
 
 
 def _double_backward(ctx: Any, *grad_grads: Any) -> tuple[Any, ...]:
@@ -219,9 +211,11 @@ def _double_backward(ctx: Any, *grad_grads: Any) -> tuple[Any, ...]:
     `output`, `gates` and `cells` are functions of the other arguments, and are recomputed: what
     depends on them is in the gradients of those arguments, and they get none of their own.
     """
-    batch_sizes, *tensors = ctx.saved_tensors
-    wanted = [*ctx.needs_input_grad[:4], *ctx.needs_input_grad[5:7], *ctx.needs_input_grad[7]]
-    cotangents = (*grad_grads[:3], *grad_grads[3])
+    batch_sizes, *tensors = ctx.saved_tensors  # three cotangents, then what is differentiable
+    need = BackwardArguments(*ctx.needs_input_grad)
+    wanted = (*need.cotangents(), *need.differentiable())
+    *of_states, of_weights = grad_grads
+    cotangents = (*of_states, *of_weights)
     used = [need and c is not None for need, c in zip(ctx.needs, cotangents, strict=True)]
 
     def gradients(*variables: Tensor) -> tuple[Tensor, ...]:
@@ -236,44 +230,26 @@ def _double_backward(ctx: Any, *grad_grads: Any) -> tuple[Any, ...]:
             pull = torch.func.vjp(gradients, *variables)[1]
             found = pull(tuple(c for c, use in zip(cotangents, used, strict=True) if use))
         grads = _merged(grads, wanted, found)
-    return (*grads[:4], None, grads[4], grads[5], grads[6:], None, None, None, None)
+    dy, dh_n, dc_n, input, h_0, c_0, *weights = grads
+    layer = LayerArguments(input, None, h_0, c_0, weights)
+    return tuple(BackwardArguments(dy, dh_n, dc_n, *layer, None, None, None, None))
 
 
 # --- FLOPs, two for each multiplication and addition of the matrix products -----------------------
 
 
-def _forward_flops(
-    input: Sequence[int],
-    batch_sizes: Any,
-    h_0: Sequence[int],
-    c_0: Sequence[int],
-    weights: Sequence[Sequence[int]],
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    return 2 * _rows(input) * _matrix_elements(weights)
+def _forward_flops(*shapes: Any, **kwargs: Any) -> int:
+    of = LayerArguments(*shapes)
+    return 2 * _rows(of.input) * _matrix_elements(of.weights)
 
 
-def _backward_flops(
-    grad_output: Any,
-    grad_h_n: Any,
-    grad_c_n: Any,
-    input: Sequence[int],
-    batch_sizes: Any,
-    h_0: Sequence[int],
-    c_0: Sequence[int],
-    weights: Sequence[Sequence[int]],
-    output: Any,
-    gates: Any,
-    cells: Any,
-    needs: Sequence[bool],
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    each = len(weights) // h_0[0]
-    through = [w for k, w in enumerate(weights) if k % each != 0 or needs[0]]  # w_ih only for dx
-    to_weights = [w for w, need in zip(weights, needs[3:], strict=True) if need]
-    return 2 * _rows(input) * (_matrix_elements(through) + _matrix_elements(to_weights))
+def _backward_flops(*shapes: Any, **kwargs: Any) -> int:
+    of = BackwardArguments(*shapes)
+    each = len(of.weights) // of.h_0[0]
+    # w_ih only for dx
+    through = [w for k, w in enumerate(of.weights) if k % each != 0 or of.needs[0]]
+    to_weights = [w for w, need in zip(of.weights, of.needs[3:], strict=True) if need]
+    return 2 * _rows(of.input) * (_matrix_elements(through) + _matrix_elements(to_weights))
 
 
 def _rows(input: Sequence[int]) -> int:

@@ -21,6 +21,9 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from fused_lstm.ops import OPERATORS
+
+OURS = OPERATORS["triton"]
 SMS, SHARED_MEMORY = 132, 227 << 10
 
 
@@ -75,20 +78,18 @@ def no_gpu() -> Iterator[type[Driver]]:
 
 def calls(H: int, T: int = 1, B: int = 1) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Forward and backward of one layer in bfloat16."""
-    from fused_lstm.triton import layer
-
     lstm = torch.nn.LSTM(2, H, dtype=torch.bfloat16)
     weights = [of.detach() for of in lstm.parameters()]
     state = torch.zeros(1, B, H, dtype=torch.bfloat16)
     call = (torch.zeros(T, B, 2, dtype=torch.bfloat16), None, state, state, weights)
 
     def forward() -> Any:
-        return layer.lstm_forward(*call)
+        return OURS.lstm_forward(*call)
 
     output, _, _, gates, cells = forward()
 
     def backward() -> Any:
-        return layer.lstm_backward(
+        return OURS.lstm_backward(
             torch.zeros_like(output), None, None, *call, output, gates, cells, [True] * 7
         )
 
@@ -125,13 +126,9 @@ def _module_calls(H: int) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 if __name__ == "__main__":
     import fused_lstm
-    from fused_lstm.ops import Operators
     from fused_lstm.triton import layer
 
     fused_lstm.triton._DEVICES = ("cpu",)
-    library = torch.library.Library("fused_lstm_triton", "IMPL")
-    for operator in Operators._fields:
-        library.impl(operator, getattr(fused_lstm.triton, operator), "CPU")
     torch.set_num_threads(1)
     with no_gpu():
         for H, kernel in ((64, "whole"), (256, "split")):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterator
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     import triton_interpreter  # noqa: F401  before the kernels
@@ -20,8 +21,11 @@ import triton.language as tl
 from parity import Arguments, Options, arguments, assert_close, results
 from torch import Tensor, nn
 
+from fused_lstm.ops import OPERATORS
 from fused_lstm.triton import cell, layer
 from fused_lstm.triton.plan import Plan
+
+OURS = OPERATORS["triton"]
 
 WHOLE = None  # what the table chooses for H <= 128
 # The same as the table's, but small, so that few programs and units take every turn of the code:
@@ -66,12 +70,12 @@ def found_by_triton(stock: nn.LSTM, args: Arguments) -> dict[str, Tensor]:
     batch_sizes = None if args.layout is None else args.layout.batch_sizes
     inputs = [of.detach() for of in (args.input, *args.hx)]
     call = (inputs[0], batch_sizes, inputs[1], inputs[2], weights)
-    output, h_n, c_n, gates, cells = layer.lstm_forward(*call)
-    without = layer.lstm_inference(*call)
+    output, h_n, c_n, gates, cells = OURS.lstm_forward(*call)
+    without = OURS.lstm_inference(*call)
     for one, other in zip(without, (output, h_n, c_n), strict=True):
         assert torch.equal(one, other), "inference gives other bits than training"
     needs = [True] * (3 + len(weights))
-    grads = layer.lstm_backward(*args.cotangents, *call, output, gates, cells, needs)
+    grads = OURS.lstm_backward(*args.cotangents, *call, output, gates, cells, needs)
     names = ("grad input", "grad h_0", "grad c_0", *(f"grad {key}" for key in parameters))
     found = {"output": output, "h_n": h_n, "c_n": c_n}
     found.update(zip(names, (*grads[:3], *grads[3]), strict=True))
@@ -120,15 +124,15 @@ def test_only_what_is_given_and_needed(chosen: Plan | None, use) -> None:
     """Without some cotangents, as with zeros; without some needs, as with them."""
     use(chosen)
     call = small(H=17, D=2)
-    output, h_n, c_n, gates, cells = layer.lstm_forward(*call)
+    output, h_n, c_n, gates, cells = OURS.lstm_forward(*call)
     after = (*call, output, gates, cells)
     all_needs = [True] * 11
     dc = torch.randn_like(c_n)
-    zeros = layer.lstm_backward(
+    zeros = OURS.lstm_backward(
         torch.zeros_like(output), torch.zeros_like(h_n), dc, *after, all_needs
     )
-    absent = layer.lstm_backward(None, None, dc, *after, all_needs)
-    some = layer.lstm_backward(None, None, dc, *after, [k % 2 == 0 for k in range(11)])
+    absent = OURS.lstm_backward(None, None, dc, *after, all_needs)
+    some = OURS.lstm_backward(None, None, dc, *after, [k % 2 == 0 for k in range(11)])
     lists = [[*grads[:3], *grads[3]] for grads in (zeros, absent, some)]
     for k, (zero, one, other) in enumerate(zip(*lists, strict=True)):
         assert torch.equal(zero, one)
@@ -141,18 +145,18 @@ def test_huge_and_not_a_number(chosen: Plan | None, use) -> None:
     use(chosen)
     input, _, h_0, c_0, weights = small(H=17)
     weights[1].fill_(3e36)  # gates of up to 1e37
-    output, _, c_n, *_ = layer.lstm_forward(input, None, h_0, c_0, weights)
+    output, _, c_n, *_ = OURS.lstm_forward(input, None, h_0, c_0, weights)
     assert torch.isfinite(output).all() and torch.isfinite(c_n).all()
     weights[2][:] = torch.tensor([1e30, -1e30, 1e30, 1e30]).repeat_interleave(17)
     for w in (weights[0], weights[1], weights[3]):
         w.zero_()
-    output, _, c_n, *_ = layer.lstm_forward(input, None, h_0, c_0, weights)
+    output, _, c_n, *_ = OURS.lstm_forward(input, None, h_0, c_0, weights)
     assert (c_n == 1).all()
     torch.testing.assert_close(output, torch.full_like(output, np.tanh(1.0)))
     weights[0].normal_()
-    clean = layer.lstm_inference(input, None, h_0, c_0, weights)[0]
+    clean = OURS.lstm_inference(input, None, h_0, c_0, weights)[0]
     input[1, 1, 0] = float("nan")
-    output = layer.lstm_inference(input, None, h_0, c_0, weights)[0]
+    output = OURS.lstm_inference(input, None, h_0, c_0, weights)[0]
     assert output[1:, 1].isnan().all()
     assert torch.equal(output[:, [0, 2]], clean[:, [0, 2]])
     assert torch.equal(output[0], clean[0])
@@ -160,18 +164,18 @@ def test_huge_and_not_a_number(chosen: Plan | None, use) -> None:
 
 def test_same_bits() -> None:
     call = small(D=2)
-    for one, other in zip(layer.lstm_forward(*call), layer.lstm_forward(*call), strict=True):
+    for one, other in zip(OURS.lstm_forward(*call), OURS.lstm_forward(*call), strict=True):
         assert torch.equal(one, other)
 
 
 def test_views_at_any_offset(use) -> None:
     """Pointers that are no multiple of 16 bytes, and strided tensors, are taken."""
     input, _, h_0, c_0, weights = small(H=17)
-    expected = layer.lstm_inference(input, None, h_0, c_0, weights)
+    expected = OURS.lstm_inference(input, None, h_0, c_0, weights)
     wide = torch.randn(4, 3, 7)
     wide[..., 1:4] = input
     odd = [torch.cat((torch.zeros(1), of.flatten()))[1:].view(of.shape) for of in (h_0, *weights)]
-    found = layer.lstm_inference(wide[..., 1:4], None, odd[0], c_0.mT.contiguous().mT, odd[1:])
+    found = OURS.lstm_inference(wide[..., 1:4], None, odd[0], c_0.mT.contiguous().mT, odd[1:])
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
 
@@ -205,7 +209,15 @@ def test_activations() -> None:
 # --- the barrier ----------------------------------------------------------------------------------
 
 
-def test_removed_wait_shows(use, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def filled() -> Iterator[None]:
+    """Memory that nothing has been written to is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_removed_wait_shows(use, filled: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A program that does not wait for the others reads what they have not written."""
     from fused_lstm.triton import backward, forward
 
@@ -215,24 +227,19 @@ def test_removed_wait_shows(use, monkeypatch: pytest.MonkeyPatch) -> None:
 
     use(SPLIT)
     call = small(T=6)
-    right = layer.lstm_forward(*call)
+    right = OURS.lstm_forward(*call)
     cotangents = [torch.randn_like(of) for of in right[:3]]
     after = (*call, right[0], right[3], right[4], [True] * 7)
-    grad = layer.lstm_backward(*cotangents, *after)[0]
-    empty = torch.Tensor.new_empty
-    monkeypatch.setattr(
-        torch.Tensor, "new_empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(5.0)
-    )
-    monkeypatch.setattr(torch, "empty_like", lambda like: torch.full_like(like, 5.0))
-    torch.testing.assert_close(layer.lstm_forward(*call)[0], right[0])
-    torch.testing.assert_close(layer.lstm_backward(*cotangents, *after)[0], grad)
+    grad = OURS.lstm_backward(*cotangents, *after)[0]
+    torch.testing.assert_close(OURS.lstm_forward(*call)[0], right[0])
+    torch.testing.assert_close(OURS.lstm_backward(*cotangents, *after)[0], grad)
     monkeypatch.setattr(triton_interpreter, "one_after_the_other", True)
     monkeypatch.setattr(forward, "wait", no_wait)
     monkeypatch.setattr(backward, "wait", no_wait)
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(layer.lstm_forward(*call)[0], right[0])
+        torch.testing.assert_close(OURS.lstm_forward(*call)[0], right[0])
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(layer.lstm_backward(*cotangents, *after)[0], grad)
+        torch.testing.assert_close(OURS.lstm_backward(*cotangents, *after)[0], grad)
 
 
 def test_broken_wait_ends(use, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,11 +255,11 @@ def test_broken_wait_ends(use, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as broken:
         broken.setattr(forward, "signal", no_signal)
         broken.setattr(layer, "PATIENCE", 20)
-        output, h_n, *_ = layer.lstm_forward(*call)
+        output, h_n, *_ = OURS.lstm_forward(*call)
     assert torch.isfinite(output[0]).all() and output[1:].isnan().all() and h_n.isnan().all()
     with pytest.raises(RuntimeError, match="gave up waiting"):
-        layer.lstm_forward(*call)
-    assert torch.isfinite(layer.lstm_forward(*call)[0]).all()
+        OURS.lstm_forward(*call)
+    assert torch.isfinite(OURS.lstm_forward(*call)[0]).all()
 
 
 def test_long(use) -> None:

@@ -1,7 +1,7 @@
 """FusedLSTM through the Triton operators, on the CPU: what torch is told of them, end to end.
 
 Not collected by itself: test_triton.py runs it in a process of its own, for it has Triton interpret
-its kernels, and gives the operators an implementation for CPU tensors, which the package has not.
+its kernels.
 """
 
 from __future__ import annotations
@@ -26,12 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fused_lstm.triton
 from fused_lstm import FusedLSTM, backend
-from fused_lstm.ops import OPERATORS, Operators
+from fused_lstm.ops import OPERATORS
 
 OURS = OPERATORS["triton"]
-_library = torch.library.Library("fused_lstm_triton", "IMPL")
-for _name in Operators._fields:
-    _library.impl(_name, getattr(fused_lstm.triton, _name), "CPU")
 
 
 @pytest.fixture(autouse=True)

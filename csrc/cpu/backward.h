@@ -134,9 +134,11 @@ struct BackwardPass {
   bool needs_product() const { return seq.T > 1 || args[0].grad_h_0; }
 
   // One step: rows below `before` come from step `from` (dgates there), rows from there to `active`
-  // enter with grad_h_n, and rows from `active` to `before` leave into grad_h_0.
+  // enter with grad_h_n, and rows from `active` to `before` leave into grad_h_0. The first
+  // `continued` rows have their c_{t-1} from row first_cell of the saved ones on, the others in
+  // c_0.
   struct Step {
-    int64_t s, t, from, active, before, previous_cells;
+    int64_t s, t, from, active, before, continued, first_cell;
   };
 
   void run_direction(int d, const Place& place, A* sums) const {
@@ -156,7 +158,8 @@ struct BackwardPass {
       step.s = s;
       step.t = s < seq.T ? a.seq.step(s, true) : 0;
       step.active = s < seq.T ? seq.rows(step.t) : 0;
-      step.previous_cells = s + 1 < seq.T ? a.seq.step(s + 1, true) : -1;
+      step.continued = s < seq.T ? a.seq.continued(step.t) : 0;
+      step.first_cell = step.continued > 0 ? seq.first_row(a.seq.before(step.t)) : 0;
       for (int64_t block = mine.begin; block < mine.end; ++block)
         hidden_step(d, block, block + 1 < mine.end ? block + 1 : mine.begin, step, rows, sums);
       if (seq.projected && s < seq.T) {
@@ -239,8 +242,7 @@ struct BackwardPass {
         lines(a.gates, (row * 4 + gate) * seq.H + u, Read());
         lines(a.dgates, (row * 4 + gate) * seq.H + u, Write());
       }
-      if (step.previous_cells >= 0 && r < seq.rows(step.previous_cells))
-        lines(a.cells, (seq.first_row(step.previous_cells) + r) * seq.H + u, Read());
+      if (r < step.continued) lines(a.cells, (step.first_cell + r) * seq.H + u, Read());
       if (a.grad_output)
         lines(a.grad_output,
               seq.offset(step.t, r, a.grad_output_stride_t, a.grad_output_stride_b) + u, Read());
@@ -317,10 +319,8 @@ struct BackwardPass {
     const Vec<A> g = load_lanes<T, whole>(gates + 2 * H, lanes),
                  o = load_lanes<T, whole>(gates + 3 * H, lanes);
     const T* cells = static_cast<const T*>(a.cells) + u;
-    // the sequence's first step in the forward's order has c_0 before it
-    const bool first = step.previous_cells < 0 || b >= seq.rows(step.previous_cells);
-    const T* previous = first ? static_cast<const T*>(a.c_0) + b * H + u
-                              : cells + (seq.first_row(step.previous_cells) + b) * H;
+    const T* previous = b < step.continued ? cells + (step.first_cell + b) * H
+                                           : static_cast<const T*>(a.c_0) + b * H + u;
     const Vec<A> c_before = load_lanes<T, whole>(previous, lanes);
     A* state = dir.dc + b * c_stride + u;
     const Vec<A> one = splat(A(1));

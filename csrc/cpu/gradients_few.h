@@ -17,10 +17,9 @@ FUSED_LSTM_INLINE const T* input_of(const Gradients& a, int64_t t, int64_t b) {
 }
 template <class T>
 FUSED_LSTM_INLINE const T* hidden_before(const Gradients& a, int64_t t, int64_t b) {
-  const int64_t before = a.seq.reverse ? t + 1 : t - 1;
-  const bool first = before < 0 || before >= a.seq.T || b >= a.seq.rows(before);
-  return first ? static_cast<const T*>(a.h_0) + b * a.seq.P
-               : static_cast<const T*>(a.output) + (a.seq.first_row(before) + b) * a.output_stride;
+  if (b >= a.seq.continued(t)) return static_cast<const T*>(a.h_0) + b * a.seq.P;
+  const int64_t row = a.seq.first_row(a.seq.before(t)) + b;
+  return static_cast<const T*>(a.output) + row * a.output_stride;
 }
 
 template <class T>

@@ -70,7 +70,7 @@ FUSED_LSTM_DEVICE void publish_gradient(T* to, int unit, int padded, const uint3
 
 // The row of grad_output (T, B, H) that belongs to row b of the walk's step s.
 FUSED_LSTM_DEVICE int64_t grad_output_row(const BackwardDirection& from, const Extent& extent,
-                                          int s, const Rows& step, int b) {
+                                          int s, const RowRun& step, int b) {
   if (extent.steps) return (int64_t(step.first) + b) * from.grad_output_stride_b;
   const int t = from.reverse ? s : extent.T - 1 - s;
   return t * from.grad_output_stride_t + b * from.grad_output_stride_b;
@@ -80,7 +80,7 @@ FUSED_LSTM_DEVICE int64_t grad_output_row(const BackwardDirection& from, const E
 // that it will publish: see forward.cu. c is wanted a step earlier, as c_before.
 template <class T>
 FUSED_LSTM_DEVICE void prefetch_cell(const BackwardDirection& given, const Extent& extent, int step,
-                                     const Rows& then, int b, int unit, int padded) {
+                                     const RowRun& then, int b, int unit, int padded) {
   if (b >= then.count) return;
   const int H = extent.H, r = then.first + b;
   const T* const gates = row_of(static_cast<const T*>(given.gates), r, 4 * H) + unit;

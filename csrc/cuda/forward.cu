@@ -62,7 +62,7 @@ FUSED_LSTM_DEVICE void publish_state(char* row, int unit, uint32_t word, bool wi
 // and who polls a word would wait for memory.
 template <class T>
 FUSED_LSTM_DEVICE void prefetch_cell(const ForwardParams& params, const ForwardTask& task,
-                                     const Rows& then, int b, int unit) {
+                                     const RowRun& then, int b, int unit) {
   if (b >= then.count) return;
   const int H = params.extent.H, r = then.first + b;
   const T* const gates = row_of(static_cast<const T*>(task.given.gates), r, 4 * H) + unit;

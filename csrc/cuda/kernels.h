@@ -1,7 +1,7 @@
 // What the host file asks of the CUDA kernels: plain structs, raw pointers, a stream. No torch.
 //
 // Shapes are those of ../lstm.h; every tensor is dense unless a stride says otherwise, strides
-// count elements, and all of a call's tensors have one dtype. Rows of a packed sequence are taken
+// count elements, and all of a call's tensors have one dtype. RowRun of a packed sequence are taken
 // as they are.
 #pragma once
 
@@ -14,18 +14,16 @@
 
 namespace fused_lstm::cuda {
 
-// The rows of one step of a packed sequence: how many, and which is the first.
-struct Rows {
-  int32_t count, first;
-};
-
 struct Extent {
   int32_t T, B, H;
-  int64_t N;          // rows in all
-  const Rows* steps;  // (T) on the device, null where every step has B rows
+  int64_t N;            // rows in all
+  const RowRun* steps;  // (T) each step's rows, on the device; null where every step has B rows
 };
 
 // --- the persistent path: one launch for all steps -----------------------------------------------
+//
+// A launch is not ../lstm.h's Forward or Backward: the sizes are 32 bits wide, for registers, the
+// steps lie on the device, and x W_ih^T has gone before.
 
 struct ForwardDirection {
   const void* weight_hh;  // (4H, H)
@@ -42,7 +40,7 @@ struct ForwardDirection {
   bool reverse;
 };
 
-struct Forward {
+struct ForwardLaunch {
   Extent extent;
   bool save;  // gates and cells, for the backward
   ForwardDirection direction[2];
@@ -63,7 +61,7 @@ struct BackwardDirection {
   bool reverse;
 };
 
-struct Backward {
+struct BackwardLaunch {
   Extent extent;
   BackwardDirection direction[2];
 };
@@ -78,12 +76,12 @@ size_t workspace_bytes(const Plan& plan, const Extent& extent);
 
 // Enqueue a whole pass on the stream for plan.directions directions at a time; nothing is waited
 // for and nothing is allocated. Null on success, else what went wrong.
-const char* run(const Plan& plan, const Forward& call, void* workspace, Stream stream);
-const char* run(const Plan& plan, const Backward& call, void* workspace, Stream stream);
+const char* run(const Plan& plan, const ForwardLaunch& call, void* workspace, Stream stream);
+const char* run(const Plan& plan, const BackwardLaunch& call, void* workspace, Stream stream);
 
-// Copies the steps of a packed sequence to the device by way of kernel arguments: no pinned memory,
-// no wait, and a captured graph keeps its own copy.
-const char* upload(const Rows* steps, int32_t T, Rows* device_steps, Stream stream);
+// Copies runs of rows of a packed sequence to the device by way of kernel arguments: no pinned
+// memory, no wait, and a captured graph keeps its own copy.
+const char* upload(const RowRun* rows, int32_t count, RowRun* device_rows, Stream stream);
 
 // --- the step path: a product by cuBLAS and one of these a step ----------------------------------
 
@@ -108,8 +106,8 @@ struct BackwardStep {
   int64_t rows, H;
   const void* gates;         // (rows, 4H)
   const void* cells;         // (rows, H)
-  const void* cells_before;  // (rows_before, H) c_{t-1}; rows from rows_before on: c_0
-  int64_t rows_before;
+  const void* cells_before;  // (continued, H) c_{t-1}; rows from `continued` on: c_0
+  int64_t continued;
   const void* c_0;          // (B, H)
   const void* grad_output;  // (rows, H) rows grad_output_stride apart, null: zero
   int64_t grad_output_stride;
@@ -133,33 +131,6 @@ struct Sum {
 const char* run(const ForwardStep& step, Stream stream);
 const char* run(const BackwardStep& step, Stream stream);
 const char* run(const Sum& sum, Stream stream);
-
-// --- rows of packed sequences, for the products after the backward through time
-// -------------------
-
-// The state that each row's step began with.
-struct PreviousStates {
-  Dtype dtype;
-  Extent extent;
-  int64_t P;
-  bool reverse;
-  const void* output;  // (N, P), rows output_stride apart
-  int64_t output_stride;
-  const void* h_0;  // (B, P)
-  void* previous;   // (N, P) out
-};
-
-// The row of each sequence's last step.
-struct LastRows {
-  Dtype dtype;
-  Extent extent;
-  int64_t columns;
-  const void* rows;  // (N, columns)
-  void* last;        // (B, columns) out
-};
-
-const char* run(const PreviousStates& call, Stream stream);
-const char* run(const LastRows& call, Stream stream);
 
 // Whether the kernels were compiled for the current device.
 bool usable();

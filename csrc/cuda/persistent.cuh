@@ -145,8 +145,8 @@ constexpr int kStepsPrefetched = 4;
 
 // One tile of the batch in one step: what the walk comes to.
 struct Turn {
-  int s, tile, row_0;       // step, tile of the team, and the tile's first row of the batch
-  Rows before, now, after;  // of steps s - 1, s and s + 1; none where there is no such step
+  int s, tile, row_0;         // step, tile of the team, and the tile's first row of the batch
+  RowRun before, now, after;  // of steps s - 1, s and s + 1; none where there is no such step
 };
 
 // The steps in the order they are run in, and in each the batch tiles of one team: one tile at
@@ -182,13 +182,13 @@ class Walk {
   }
 
   // Of a step, in the order they are run in; none past the last.
-  FUSED_LSTM_DEVICE Rows rows(int step) const {
+  FUSED_LSTM_DEVICE RowRun rows(int step) const {
     if (step >= extent_.T) return {0, 0};
     const int t = descending_ ? extent_.T - 1 - step : step;
     if (extent_.steps) {
       // Both are made use of here, so waited for here: where the branches meet again every call
       // would wait, not only for this load but for those that poll, as they share a scoreboard.
-      const Rows found = extent_.steps[t];
+      const RowRun found = extent_.steps[t];
       return {smaller(found.count, extent_.B), found.first & INT32_MAX};
     }
     return {extent_.B, t * extent_.B};

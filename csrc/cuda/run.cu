@@ -83,7 +83,7 @@ size_t workspace_bytes(const Plan& plan, const Extent& extent) {
   return plan.directions * (weights_bytes(plan) + states_bytes(plan, extent));
 }
 
-const char* run(const Plan& plan, const Forward& call, void* workspace, Stream stream) {
+const char* run(const Plan& plan, const ForwardLaunch& call, void* workspace, Stream stream) {
   ForwardParams params{};
   params.extent = call.extent;
   params.tiling = tiling_of(plan, call.extent.H);
@@ -106,7 +106,7 @@ const char* run(const Plan& plan, const Forward& call, void* workspace, Stream s
   return launch_persistent(plan, params, stream);
 }
 
-const char* run(const Plan& plan, const Backward& call, void* workspace, Stream stream) {
+const char* run(const Plan& plan, const BackwardLaunch& call, void* workspace, Stream stream) {
   BackwardParams params{};
   params.extent = call.extent;
   params.tiling = tiling_of(plan, call.extent.H);

@@ -104,7 +104,7 @@ backward_step_kernel(FUSED_LSTM_PARAMS(BackwardStep) step) {
     const int64_t row = w.row(), unit = w.at - row * H, first = row * 4 * H + unit;
     const Wide gate[4] = {gates[first], gates[first + H], gates[first + 2 * H],
                           gates[first + 3 * H]};
-    const Wide c_before = row < step.rows_before ? before[w.at] : c_0[w.at];
+    const Wide c_before = row < step.continued ? before[w.at] : c_0[w.at];
     Wide dh = 0;
     if (grad_output) dh += grad_output[row * step.grad_output_stride + unit];
     if (grad_h) dh += grad_h[w.at];
@@ -129,59 +129,18 @@ sum_kernel(FUSED_LSTM_PARAMS(Sum) call) {
   }
 }
 
-// The last of the steps' first `count`, in time, for which this holds; it holds for the first.
-template <class Holds>
-FUSED_LSTM_DEVICE int last_step(int count, Holds holds) {
-  int low = 0, high = count;  // it holds for low, not for high
-  while (high - low > 1) {
-    const int middle = low + (high - low) / 2;
-    (holds(middle) ? low : high) = middle;
-  }
-  return low;
-}
-
-template <class Type>
-FUSED_LSTM_KERNEL(kThreads)
-previous_states_kernel(FUSED_LSTM_PARAMS(PreviousStates) call) {
-  const Rows* const steps = call.extent.steps;
-  const Type* const output = static_cast<const Type*>(call.output);
-  const Type* const h_0 = static_cast<const Type*>(call.h_0);
-  for (Walker w(call.extent.N, call.P); w.more(); w.next()) {
-    const int64_t row = w.row(), column = w.at - row * call.P;
-    const int t = last_step(call.extent.T, [&](int step) { return steps[step].first <= row; });
-    const int64_t b = row - steps[t].first;
-    const int before = call.reverse ? t + 1 : t - 1;
-    const bool begun = before >= 0 && before < call.extent.T && b < steps[before].count;
-    static_cast<Type*>(call.previous)[w.at] =
-        begun ? output[(steps[before].first + b) * call.output_stride + column]
-              : h_0[b * call.P + column];
-  }
-}
-
-template <class Type>
-FUSED_LSTM_KERNEL(kThreads)
-last_rows_kernel(FUSED_LSTM_PARAMS(LastRows) call) {
-  const Rows* const steps = call.extent.steps;
-  for (Walker w(call.extent.B, call.columns); w.more(); w.next()) {
-    const int64_t b = w.row(), column = w.at - b * call.columns;
-    const int t = last_step(call.extent.T, [&](int step) { return b < steps[step].count; });
-    static_cast<Type*>(call.last)[w.at] =
-        static_cast<const Type*>(call.rows)[(steps[t].first + b) * call.columns + column];
-  }
-}
-
-// As many steps as fit into 4 KB of kernel arguments, which every CUDA takes.
+// As many runs as fit into 4 KB of kernel arguments, which every CUDA takes.
 struct Upload {
-  static constexpr int kSteps = 500;
-  Rows* to;
+  static constexpr int kRuns = 500;
+  RowRun* to;
   int count;
-  Rows steps[kSteps];
+  RowRun rows[kRuns];
 };
 
 FUSED_LSTM_KERNEL(kThreads)
 upload_kernel(FUSED_LSTM_PARAMS(Upload) call) {
   for (int index = thread_index(); index < call.count; index += kThreads)
-    call.to[index] = call.steps[index];
+    call.to[index] = call.rows[index];
 }
 
 // run(Element<dtype>())
@@ -229,26 +188,12 @@ const char* run(const Sum& call, Stream stream) {
   });
 }
 
-const char* run(const PreviousStates& call, Stream stream) {
-  return with_element(call.dtype, [&](auto element) {
-    using Type = typename decltype(element)::Type;
-    return launch_elements(previous_states_kernel<Type>, call.extent.N * call.P, stream, call);
-  });
-}
-
-const char* run(const LastRows& call, Stream stream) {
-  return with_element(call.dtype, [&](auto element) {
-    using Type = typename decltype(element)::Type;
-    return launch_elements(last_rows_kernel<Type>, call.extent.B * call.columns, stream, call);
-  });
-}
-
-const char* upload(const Rows* steps, int32_t T, Rows* device_steps, Stream stream) {
+const char* upload(const RowRun* rows, int32_t count, RowRun* device_rows, Stream stream) {
   Upload call;
-  for (int32_t t = 0; t < T; t += Upload::kSteps) {
-    call.to = device_steps + t;
-    call.count = std::min(Upload::kSteps, T - t);
-    std::copy_n(steps + t, call.count, call.steps);
+  for (int32_t first = 0; first < count; first += Upload::kRuns) {
+    call.to = device_rows + first;
+    call.count = std::min(Upload::kRuns, count - first);
+    std::copy_n(rows + first, call.count, call.rows);
     if (const char* error = launch(upload_kernel, Grid{1, kThreads, 0, false}, stream, call))
       return error;
   }

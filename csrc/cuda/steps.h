@@ -2,7 +2,7 @@
 // serve.
 #pragma once
 
-#include "../operators.h"
+#include "../recurrence.h"
 #include "kernels.h"
 #include "torch_device.h"
 
@@ -57,11 +57,9 @@ inline void forward_by_steps(const ForwardCall& call, int64_t d, const at::Tenso
   if (narrow) c_n.copy_(c);
 }
 
-// Direction d; out: dgates (N, 4H), grad_c_0 (B, H), and for the projection, undefined without it,
-// hidden (N, H) o tanh(c) and grad_projected (N, P) the whole gradient of h_t.
-inline void backward_by_steps(const BackwardCall& call, int64_t d, const at::Tensor& dgates,
-                              at::Tensor grad_c_0, const at::Tensor& hidden,
-                              const at::Tensor& grad_projected, Stream stream) {
+// Direction d, alone.
+inline void backward_by_steps(const BackwardCall& call, int64_t d, const RecurrenceGradients& found,
+                              Stream stream) {
   const Layer& layer = call.layer;
   const Weights& w = layer.weights[d];
   const Sequence seq = sequence_of(layer, d);
@@ -85,23 +83,22 @@ inline void backward_by_steps(const BackwardCall& call, int64_t d, const at::Ten
   const StepProduct product(call);
   for (int64_t s = 0; s < layer.T; ++s) {
     const int64_t t = seq.step(s, true), rows = seq.rows(t), first = seq.first_row(t);
-    const int64_t before = seq.reverse ? t + 1 : t - 1;  // the step that ran before this one
-    const bool starts = before < 0 || before >= layer.T;
     const void* const grad_output = columns(dy, d * P + seq.offset(t, 0, stride_t, stride_b));
     step.rows = rows;
     step.gates = columns(call.gates, (d * layer.N + first) * 4 * H);
     step.cells = columns(call.cells, (d * layer.N + first) * H);
-    step.rows_before = starts ? 0 : seq.rows(before);
-    step.cells_before =
-        starts ? nullptr : columns(call.cells, (d * layer.N + seq.first_row(before)) * H);
-    step.dgates = columns(dgates, first * 4 * H);
+    step.continued = seq.continued(t);
+    step.cells_before = step.continued > 0
+                            ? columns(call.cells, (d * layer.N + seq.first_row(seq.before(t))) * H)
+                            : nullptr;
+    step.dgates = columns(found.dgates, first * 4 * H);
     if (layer.projected) {
-      void* const projected = columns(grad_projected, first * P);
+      void* const projected = columns(found.grad_projected, first * P);
       check(run(Sum{call.dtype, rows, P, grad_output, stride_b, data(dh), projected, P}, stream));
       product(rows, projected, w.hr, StepProduct::kPlain, false, data(grad_hidden));
       step.grad_output = data(grad_hidden);
       step.grad_output_stride = H;
-      step.hidden = columns(hidden, first * H);
+      step.hidden = columns(found.hidden, first * H);
     } else {
       step.grad_output = grad_output;
       step.grad_output_stride = stride_b;
@@ -110,7 +107,7 @@ inline void backward_by_steps(const BackwardCall& call, int64_t d, const at::Ten
     check(run(step, stream));
     if (s < layer.T - 1) product(rows, step.dgates, w.hh, StepProduct::kPlain, false, data(dh));
   }
-  grad_c_0.copy_(dc);
+  found.grad_c_0[0].copy_(dc);
 }
 
 }  // namespace fused_lstm::cuda

@@ -1,7 +1,7 @@
 """The LSTM on any GPU that Triton reaches. Importing this package does not import Triton.
 
-What Triton and GPU there are, and the operators' functions: `layer` has their code, and is loaded
-when one of them is first called.
+What Triton and GPU there are, and the recurrence that csrc/triton.cpp calls: `layer` has its code,
+and is loaded when it is first called.
 """
 
 from functools import lru_cache
@@ -110,28 +110,16 @@ def _device_refusal(kind: str, index: int | None) -> str | None:
     )
 
 
-# --- the operators --------------------------------------------------------------------------------
+# --- the recurrence ------------------------------------------------------------------------------
 
 
-def _run(name: str, arguments: tuple[Any, ...]) -> Any:
-    """Below autograd and autocast, as the compiled operators: what torch's operators do in there is
-    neither recorded nor cast."""
+def recurrence_forward(*arguments: Any) -> None:
     from . import layer
 
-    with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
-        return getattr(layer, name)(*arguments)
+    layer.recurrence_forward(*arguments)
 
 
-def lstm_inference(*arguments: Any) -> Any:
-    return _run("lstm_inference", arguments)
+def recurrence_backward(*arguments: Any) -> None:
+    from . import layer
 
-
-def lstm_forward(*arguments: Any) -> Any:
-    return _run("lstm_forward", arguments)
-
-
-def lstm_backward(*arguments: Any) -> Any:
-    return _run("lstm_backward", arguments)
-
-
-lstm_backward_consuming = lstm_backward  # dgates have a buffer of their own all the same
+    layer.recurrence_backward(*arguments)

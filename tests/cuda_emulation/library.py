@@ -70,7 +70,7 @@ def folder_of(config: pytest.Config) -> Path:
 
 def kernel_sources() -> list[tuple[Path, str]]:
     """What the library is made of, each with its flags, slowest first."""
-    sources = [(CSRC / "cuda" / "host.cpp", TORCH_FLAGS)]
+    sources = [(CSRC / "cuda" / "host.cpp", TORCH_FLAGS), (CSRC / "products.cpp", TORCH_FLAGS)]
     for path in sorted((CSRC / "cuda").glob("*.cu")):
         if "FUSED_LSTM_OPERANDS" in path.read_text():
             sources += [(path, f"-DFUSED_LSTM_OPERANDS={operands}") for operands in OPERANDS]
