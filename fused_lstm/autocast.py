@@ -20,7 +20,7 @@ class Call(NamedTuple):
     """Everything that the dtypes of nn.LSTM's results depend on, under autocast."""
 
     kind: str  # of the device
-    index: int | None
+    number: int | None  # which of its kind; None for the CPU
     autocast: torch.dtype
     input: torch.dtype
     h_0: torch.dtype  # the input's where no states are given
@@ -52,7 +52,7 @@ def dtypes_of_stock(*call: Any) -> Dtypes | None:
     """
     on_cpu = call[0] == "cpu"
     enabled = torch._C._get_mkldnn_enabled if on_cpu else torch._C._get_cudnn_enabled
-    return _asked(Call(*call, enabled()))
+    return _asked(Call._make((*call, enabled())))
 
 
 @lru_cache(maxsize=1024)
@@ -83,12 +83,13 @@ def _smallest(call: Call) -> tuple[Tensor, ...]:
     """What nn.LSTM returns for the smallest call of this kind; no random number is drawn."""
     layers, H, P = 1 + call.several_layers, 2, 1 if call.projected else 2
     B = 0 if call.empty else 1 if call.equal_lengths or not call.packed else 2
-    device = torch.device(call.kind, call.index)
+    of_kind = "" if call.number is None else f":{call.number}"
+    device = torch.device(call.kind + of_kind)
 
     def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
-    weights = []
+    weights: list[Tensor] = []
     for layer in range(layers):
         shapes = [(4 * H, P if layer else 1), (4 * H, P), *[(4 * H,)] * 2 * call.bias]
         shapes += [(P, H)] * call.projected

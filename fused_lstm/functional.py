@@ -101,7 +101,8 @@ def lstm(
         given = None if h_0 is None or c_0 is None else (h_0, c_0)
         packed = batch_sizes is not None
         # Whether all are as long as each other is not known while tracing: taken for no.
-        equal = packed and not _is_compiling() and rows == batch_sizes.shape[0] * batch
+        lengths = None if batch_sizes is None or _is_compiling() else batch_sizes.shape[0]
+        equal = lengths is not None and rows == lengths * batch
         dtypes = _autocast_dtypes(input, given, weights, each, (packed, equal), training)
         if dtypes is None:
             return None

@@ -135,10 +135,10 @@ def _backward(lstm_backward: OpOverload, ctx: Any, *grads: Tensor | None) -> tup
     output, gates, cells, input, batch_sizes, h_0, c_0, *weights = ctx.saved_tensors
     need = LayerArguments(*ctx.needs_input_grad)
     needs = [need.input, need.h_0, need.c_0, *need.weights]
-    cotangents = grads[:3]  # gates and cells have none
+    dy, dh_n, dc_n, *_ = grads  # gates and cells have none
     layer = LayerArguments(input, batch_sizes, h_0, c_0, weights)
-    arguments = BackwardArguments(*cotangents, *layer, output, gates, cells, needs)
-    by_reference = transform_under_way() or any(map(_is_batched, cotangents))
+    arguments = BackwardArguments(dy, dh_n, dc_n, *layer, output, gates, cells, needs)
+    by_reference = transform_under_way() or any(map(_is_batched, (dy, dh_n, dc_n)))
     *states, of_weights = (_backward_by_reference if by_reference else lstm_backward)(*arguments)
     found = (*states, *of_weights)
     wanted = [grad if need else None for grad, need in zip(found, needs, strict=True)]

@@ -172,17 +172,17 @@ def _device(device: torch.device) -> Device:
         memory = getattr(of, "shared_memory_per_block_optin", of.shared_memory_per_block)
         return Device(of.multi_processor_count, memory, cooperative=True)
     if device.type == "xpu":
-        of = torch.xpu.get_device_properties(device)
-        return Device(of.gpu_subslice_count, 128 << 10, cooperative=False)
+        subslices = torch.xpu.get_device_properties(device).gpu_subslice_count
+        return Device(subslices, 128 << 10, cooperative=False)
     return Device(4, 128 << 10, cooperative=True)  # the interpreter, in tests
 
 
 @lru_cache(maxsize=64)
-def _status(device: torch.device) -> tuple[Tensor, Any]:
+def _status(device: torch.device) -> tuple[Tensor, memoryview]:
     """A number that the kernels set when a wait was broken off, and the host's view of it. It lies
     in the host's memory, so that the next call can look without waiting for the device."""
     status = torch.zeros(4, dtype=torch.int32, pin_memory=device.type == "cuda")
-    return status, memoryview(status.numpy())
+    return status, status.numpy().data
 
 
 def _plan(backward: bool, call: Call) -> Plan:
@@ -217,7 +217,7 @@ def _packing(sizes: list[int], block_b: int, device: torch.device) -> tuple[Tens
 def _launch(
     kernels: tuple[Any, Any],
     arguments: tuple[Tensor, ...],
-    constants: dict[str, bool],
+    constants: dict[str, Any],
     chosen: Plan,
     call: Call,
 ) -> None:

@@ -194,7 +194,7 @@ def read_corpus(
     with tempfile.TemporaryFile(buffering=0) as file:
         first = 0
         for codes in _part(text, unit, characters):
-            digest.update(codes)
+            digest.update(codes.data)
             ids = vocabulary.ids(codes, text.name, first)
             first += len(ids)
             _write(file, ids.astype(dtype).tobytes())

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from charlm.errors import CharlmError
 from charlm.files import write_atomically
 from charlm.optimisation import Record
@@ -28,7 +30,7 @@ COLOURS = ("#000000", "#b3400e", "#3f8fd2", "#a9b23a")
 MARKS_A_LINE = 9
 LARGEST = 1e9  # a loss to draw: at 1e308 matplotlib's ticks overflow
 # A run may have any name: no $ in it begins a formula.
-SETTINGS = {"svg.hashsalt": "charlm", "svg.fonttype": "none", "text.parse_math": False}
+SETTINGS: Any = {"svg.hashsalt": "charlm", "svg.fonttype": "none", "text.parse_math": False}
 
 
 def figure(runs: Mapping[str, Sequence[Record]], over: str = "steps") -> "Figure":
@@ -90,7 +92,8 @@ def _curves(
 def _label(loss: "Axes", rate: "Axes", over: str) -> None:
     loss.set_ylabel("loss, nats a character")
     bits = loss.secondary_yaxis(
-        "right", (lambda nats: nats / math.log(2), lambda bits: bits * math.log(2))
+        "right",
+        (lambda nats: np.divide(nats, math.log(2)), lambda bits: np.multiply(bits, math.log(2))),
     )
     bits.set_ylabel("bits a character")
     rate.set_ylabel("learning rate")

@@ -69,7 +69,7 @@ def results(records: Sequence[Record]) -> dict[str, str]:
 
 def columns(runs: Mapping[str, Mapping[str, str]], only_different: bool = False) -> list[Row]:
     """A row for each name that any run has, a column for each run."""
-    rows = []
+    rows: list[Row] = []
     for name in dict.fromkeys(name for values in runs.values() for name in values):
         cells = [values.get(name, "-") for values in runs.values()]
         if not only_different or len(set(cells)) > 1:

@@ -199,7 +199,7 @@ class Config:
     def from_json(cls, values: Mapping[str, Any]) -> "Config":
         """Raises CharlmError for names that aren't settings, for types and for values."""
         known = {field.name: field for field in dataclasses.fields(cls)}
-        given = {}
+        given: dict[str, Any] = {}
         for name, value in values.items():
             if name not in known:
                 raise CharlmError(f"there is no setting {name}")

@@ -61,7 +61,7 @@ class Trainer:
         self.notes: list[str] = []
         self.device = device_of(config.device)
         training, held_out, _ = split(ids, [config.validation, config.test])
-        self.batches = self._batches(training)
+        self.batches: Batches = self._batches(training)
         self.validation: Batches | None = None
         if config.validation:
             self.validation = rows_for_evaluation(held_out, config.window, config.batch_size)
@@ -82,7 +82,8 @@ class Trainer:
             self.model.learned(), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
         self.total_steps = config.steps or (config.epochs or 0) * len(self.batches)
-        self.step = self.epoch = self.batch = self.tokens_seen = 0
+        self.step = self.epoch = self.tokens_seen = 0
+        self.batch: int = 0
         self.states: States | None = None
         self.records: list[Record] = []  # those that are on schedule
         self.lr = config.lr  # of the last step

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from charlm.errors import CharlmError
 
-Codes = np.ndarray[Any, np.dtype[np.uint32]]
+Codes = np.ndarray[Any, np.dtype[np.uint32 | np.uint8]]
 _NO_ID = 0xFFFFFFFF
 
 
@@ -94,7 +94,7 @@ class Vocabulary:
             CharlmError: a character outside the vocabulary; `what` names the text it is in.
         """
         if self.unit == "bytes":
-            codes = np.frombuffer(text.encode("utf-8", "surrogateescape"), dtype=np.uint8)
+            codes: Codes = np.frombuffer(text.encode("utf-8", "surrogateescape"), dtype=np.uint8)
         else:
             codes = code_points(text)
         return torch.from_numpy(self.ids(codes, what).astype(np.int64))

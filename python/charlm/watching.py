@@ -9,7 +9,7 @@ from typing import TextIO
 
 import click
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from charlm.errors import CharlmError
 from charlm.evaluation import perplexity

@@ -74,8 +74,10 @@ class GroupedCommand(click.Command):
             known = [name for option in self.params for name in option.opts]
             near = difflib.get_close_matches(error.option_name, known, n=1)
             synonym = _SYNONYMS.get(error.option_name)
-            error.possibilities = [synonym] if synonym else near
-            raise
+            meant = [synonym] if synonym else near
+            hint = "".join(f" Did you mean {name!r}?" for name in meant)
+            message = f"No such option {error.option_name!r}.{hint}"
+            raise click.UsageError(message, context) from None
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
