@@ -30,7 +30,8 @@ def runtime(tmp_path: Path) -> ctypes.CDLL:
         pytest.skip(why)
     target = tmp_path / "runtime.so"
     command = shlex.split(
-        f"{library.CXX} -std=c++17 -O1 -fPIC -shared -pthread -Wall -Icsrc -x c++"
+        # Symbolic: a torch with CUDA has the real runtime loaded, which has the same names.
+        f"{library.CXX} -std=c++17 -O1 -fPIC -shared -Wl,-Bsymbolic -pthread -Wall -Icsrc -x c++"
     )
     sources = ["csrc/cuda/launch.cu", "tests/cuda_emulation/runtime.cpp"]
     done = subprocess.run(
