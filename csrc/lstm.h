@@ -2,8 +2,8 @@
 //
 //   gates = x_t W_ih^T + b_ih + h_{t-1} W_hh^T + b_hh        (B, 4H), order i, f, g, o
 //   c_t   = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g)          (B, H)
-//   h_t   = sigmoid(o) tanh(c_t)                             (B, H), then h_t W_hr^T (B, P) if
-//   projected
+//   h_t   = sigmoid(o) tanh(c_t)                             (B, H)
+//   h_t   = h_t W_hr^T                                       (B, P), if projected
 //
 // as torch.nn.LSTM computes it. P is the projection's size, or H where there is none.
 //

@@ -58,15 +58,15 @@ inline void* data(const at::Tensor& t) { return t.defined() ? t.data_ptr() : nul
 inline at::Tensor value(const std::optional<at::Tensor>& t) { return t.value_or(at::Tensor()); }
 
 inline Sequence sequence_of(const Layer& layer, int64_t d) {
-  return {layer.T,
-          layer.B,
-          layer.I,
-          layer.H,
-          layer.P,
-          layer.packed ? layer.batch_sizes.data() : nullptr,
-          layer.packed ? layer.offsets.data() : nullptr,
-          d == 1,
-          layer.projected};
+  return {.T = layer.T,
+          .B = layer.B,
+          .I = layer.I,
+          .H = layer.H,
+          .P = layer.P,
+          .batch_sizes = layer.packed ? layer.batch_sizes.data() : nullptr,
+          .offsets = layer.packed ? layer.offsets.data() : nullptr,
+          .reverse = d == 1,
+          .projected = layer.projected};
 }
 
 // What both passes take: the weights and states are contiguous, the input's last dimension is

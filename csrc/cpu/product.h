@@ -2,10 +2,12 @@
 // over K, from packed panels.
 //
 //   operand  rows `stride` apart, steps of K `step` apart, of the product's type; zero up to a
-//   multiple of kPadK panel    [K / kStepK][NV * lanes][kStepK], K padded likewise: the columns of
-//   one tile, as they are read init     (MR, NV * lanes) rows `init_stride` apart: what the sums
-//   start from (0: the same row for all) out      (MR, NV * lanes) of the accumulation type, rows
-//   kTileWidth (four vectors) apart
+//            multiple of kPadK
+//   panel    [K / kStepK][NV * lanes][kStepK], K padded likewise: the columns of one tile, as they
+//            are read
+//   init     (MR, NV * lanes) rows `init_stride` apart: what the sums start from (0: the same row
+//            for all)
+//   out      (MR, NV * lanes) of the accumulation type, rows kTileWidth (four vectors) apart
 //
 // Every sum runs over K in the same order whatever MR and NV are, so how the work is split over
 // threads never changes a bit of the result: stretches of kStretch steps are summed from zero and

@@ -1,8 +1,8 @@
 // The backward pass through time, all steps in one launch, for one kind of operands
 // (FUSED_LSTM_OPERANDS).
 //
-//   dh_t = grad_output_t + dgates_{t+1} W_hh;  dgates_t, dc_{t-1} from dh_t, dc_t and what was
-//   saved
+//   dh_t = grad_output_t + dgates_{t+1} W_hh
+//   dgates_t, dc_{t-1} from dh_t, dc_t and what was saved
 //
 // The steps run against the direction's own order; "before" and "after" below mean this order. A
 // block has 16 hidden units and multiplies with the columns of W_hh that belong to them, tile_rows
@@ -117,114 +117,168 @@ struct Handed {
   }
 };
 
+// A thread's cell in each tile, or that of the thread that it serves: see forward.cu.
 template <Operands kOperands, int NT>
-FUSED_LSTM_KERNEL(32 * kWarpsInTeam)
-backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
+struct Cells {
   using S = Storage<kOperands>;
   using T = typename S::Type;
-  using Operand = typename S::Operand;
-  constexpr int kRows = 8 * NT;
-  constexpr int kCells = kUnitsInTeam * kRows;  // and as many threads that have one
-  constexpr bool kServed = kIsServed<kRows>;
-  constexpr bool kFast = sizeof(T) == 2;
-  const Tiling& tiling = params.tiling;
-  const Extent& extent = params.extent;
-  const Place place(tiling);
-  const BackwardDirection& given = params.direction[place.direction].given;
-  const int H = extent.H, padded = tiling.padded;
-  const int thread = thread_index(), lane = thread % kLanes, warp = thread / kLanes;
-  char* const shared = shared_memory();
-  float* const cell = reinterpret_cast<float*>(shared + tiling.cell);
+  static constexpr int kRows = 8 * NT;
+  static constexpr int kCount = kUnitsInTeam * kRows;
+  static constexpr bool kServed = kIsServed<kRows>;
 
-  Weights<1, kRegisterChunks<kBackward, kOperands>> weights;
-  weights.load(params.direction[place.direction].weights, tiling, shared);
-
-  const bool owner = thread < kCells;
-  // Of a thread that serves, the place of the one that it serves.
-  const CellPlace<NT> own(thread % kCells, place.slice, H);
-  const int row = own.row, unit = own.unit;
-  const bool real = own.real;
-  const Handed handed{reinterpret_cast<Words*>(shared + tiling.handed), kCells, thread % kCells};
-  for (int tile = 0; owner && tile < tiling.tiles; ++tile) {
-    const int b = (tile * tiling.groups + place.group) * kRows + row;
-    const bool here = given.grad_c_n && real && b < extent.B;
-    store_element(cell + tile * kCells + thread,
-                  here ? S::load(row_of(static_cast<const T*>(given.grad_c_n), b, H)[unit]) : 0);
-  }
-
-  PublishedStates<kOperands, 1, NT> source;
-  Words state[source.kAhead][NT];
-  constexpr int kColumns = kChunkBytes / int(sizeof(T));
-  const int column = warp * tiling.chunks * kColumns + lane % 4 * (kColumns / 4);
-  source.all = static_cast<const char*>(given.dgates);
-  source.stage = shared + tiling.states + warp * 2 * kRows * kChunkBytes;
-  Walk walk(extent, tiling, place.group * kRows, tiling.groups * kRows, !given.reverse);
-  const auto aim = [&] {
-    const Turn& turn = walk.turn();
-    const int within = (tiling.columns - column + kColumns - 1) / kColumns;
-    const int row_words = 4 * padded * int(sizeof(T)) / 16;
-    Aim<NT> aim;
-#pragma unroll
-    for (int nt = 0; nt < NT; ++nt) {
-      const int b = turn.row_0 + 8 * nt + lane / 4;
-      aim.rows[nt] = (turn.before.first + b) * row_words + column * int(sizeof(T)) / 16;
-      aim.limits[nt] =
-          b < turn.before.count && b < turn.now.count ? smaller(within, weights.chunks) : 0;
-    }
-    return aim;
-  };
-
+  const BackwardParams& params;
+  const Place place;
+  char* const shared;
+  const bool owner, works;  // works: prepares cells, its own or those that it serves
+  CellPlace<NT> own;
+  const Handed handed;
   Saved<T> saved;
-  const auto load_saved = [&](const Turn& turn) {
-    const BackwardDirection& from = params.direction[opaque(place.direction)].given;
-    const int b = turn.row_0 + row, r = turn.now.first + b;
-    saved = {};
-    if (!real || b >= turn.now.count) return;
-    const T* const gates = row_of(static_cast<const T*>(from.gates), r, 4 * H) + unit;
-#pragma unroll
-    for (int gate = 0; gate < 4; ++gate) saved.gate[gate] = load_element(gates + gate * H);
-    const T* const all_c = static_cast<const T*>(from.cells) + unit;
-    saved.c = load_element(row_of(all_c, r, H));
-    saved.c_before = b < turn.after.count ? load_element(row_of(all_c, turn.after.first + b, H))
-                                          : row_of(static_cast<const T*>(from.c_0), b, H)[unit];
-    if (!from.grad_output) return;
-    saved.grad_output = load_element(static_cast<const T*>(from.grad_output) +
-                                     grad_output_row(from, extent, turn.s, turn.now, b) + unit);
-  };
   CellSlopes<float> slopes = {};
   float dh_given = 0;
-  const auto prepare = [&](const Turn& turn) {
-    const BackwardDirection& from = params.direction[opaque(place.direction)].given;
-    const int b = turn.row_0 + row;
+
+  FUSED_LSTM_DEVICE explicit Cells(const BackwardParams& of)
+      : params(of),
+        place(of.tiling),
+        shared(shared_memory()),
+        owner(thread_index() < kCount),
+        works(!kServed || !owner),
+        own(thread_index() % kCount, place.slice, of.extent.H),
+        handed{reinterpret_cast<Words*>(shared + of.tiling.handed), kCount,
+               thread_index() % kCount} {}
+
+  FUSED_LSTM_DEVICE const BackwardTask& task() const {
+    return params.direction[opaque(place.direction)];
+  }
+  FUSED_LSTM_DEVICE float* gradients() const {  // dc
+    return reinterpret_cast<float*>(shared + params.tiling.cell);
+  }
+
+  // See forward.cu.
+  FUSED_LSTM_DEVICE void find_again() {
+    if (kOperands == kF32)
+      own = CellPlace<NT>(opaque(thread_index()) % kCount, place.slice, params.extent.H);
+  }
+
+  // grad_c_n into shared memory.
+  FUSED_LSTM_DEVICE void begin() const {
+    const BackwardDirection& given = params.direction[place.direction].given;
+    for (int tile = 0; owner && tile < params.tiling.tiles; ++tile) {
+      const int b = (tile * params.tiling.groups + place.group) * kRows + own.row;
+      const bool here = given.grad_c_n && own.real && b < params.extent.B;
+      const T* const grad_c_n = static_cast<const T*>(given.grad_c_n);
+      store_element(gradients() + tile * kCount + thread_index(),
+                    here ? S::load(row_of(grad_c_n, b, params.extent.H)[own.unit]) : 0);
+    }
+  }
+
+  FUSED_LSTM_DEVICE void load_saved(const Turn& turn) {
+    const BackwardDirection& from = task().given;
+    const int b = turn.row_0 + own.row, r = turn.now.first + b, H = params.extent.H;
+    saved = {};
+    if (!own.real || b >= turn.now.count) return;
+    const T* const gates = row_of(static_cast<const T*>(from.gates), r, 4 * H) + own.unit;
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) saved.gate[gate] = load_element(gates + gate * H);
+    const T* const all_c = static_cast<const T*>(from.cells) + own.unit;
+    saved.c = load_element(row_of(all_c, r, H));
+    saved.c_before = b < turn.after.count ? load_element(row_of(all_c, turn.after.first + b, H))
+                                          : row_of(static_cast<const T*>(from.c_0), b, H)[own.unit];
+    if (!from.grad_output) return;
+    saved.grad_output =
+        load_element(static_cast<const T*>(from.grad_output) +
+                     grad_output_row(from, params.extent, turn.s, turn.now, b) + own.unit);
+  }
+
+  // All that does not wait for dh.
+  FUSED_LSTM_DEVICE void prepare(const Turn& turn) {
+    const BackwardDirection& from = task().given;
+    const int b = turn.row_0 + own.row;
     dh_given = from.grad_output ? S::load(saved.grad_output) : 0;
-    if (from.grad_h_n && real && b < turn.now.count && b >= turn.before.count)
-      dh_given += S::load(row_of(static_cast<const T*>(from.grad_h_n), b, H)[unit]);
+    if (from.grad_h_n && own.real && b < turn.now.count && b >= turn.before.count)
+      dh_given +=
+          S::load(row_of(static_cast<const T*>(from.grad_h_n), b, params.extent.H)[own.unit]);
     float gate[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) gate[k] = S::load(saved.gate[k]);
-    slopes = cell_slopes<kFast>(gate, S::load(saved.c), S::load(saved.c_before));
+    slopes = cell_slopes<sizeof(T) == 2>(gate, S::load(saved.c), S::load(saved.c_before));
+  }
+
+  FUSED_LSTM_DEVICE void look_ahead(const BackwardDirection& given, const Turn& turn,
+                                    const Walk& walk) const {
+    if (works && own.real && own.u == 0)
+      prefetch_cell<T>(given, params.extent, turn.s + kStepsPrefetched,
+                       walk.rows(turn.s + kStepsPrefetched), turn.row_0 + own.row, own.unit,
+                       params.tiling.padded);
+  }
+
+  // One tile's cells, from the warps' partial sums.
+  FUSED_LSTM_DEVICE void update(const BackwardDirection& given, const Turn& turn,
+                                const float* partials, int copy) {
+    if (kServed) handed.take(copy, slopes, dh_given);
+    const int b = turn.row_0 + own.row, r = turn.now.first + b, padded = params.tiling.padded;
+    const bool in_step = b < turn.now.count, real = own.real && in_step;
+    const float dh =
+        dh_given + gather(partials + partial_sum_of<NT>(8 * own.mu + own.u, own.row), kCount);
+    float* const dc = gradients() + turn.tile * kCount + thread_index();
+    CellGradient<float> found = cell_gradient(slopes, dh, load_element(dc));
+    uint32_t word[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) word[k] = operand<kOperands>(real ? found.gate[k] : 0);
+    // First what others wait for.
+    using Operand = typename S::Operand;
+    publish_gradient(row_of(static_cast<Operand*>(given.dgates), r, 4 * padded) + own.unit,
+                     own.unit, padded, word, in_step && own.unit < padded);
+    if (!real) return;
+    store_element(dc, found.dc_before);
+    if (b >= turn.after.count)  // the row's last step, its first in the direction's order
+      row_of(static_cast<T*>(given.grad_c_0), b, params.extent.H)[own.unit] =
+          S::store(found.dc_before);
+  }
+};
+
+template <Operands kOperands, int NT>
+FUSED_LSTM_KERNEL(32 * kWarpsInTeam)
+backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
+  using Cells = Cells<kOperands, NT>;
+  const Tiling& tiling = params.tiling;
+  Cells cells(params);
+  const Place& place = cells.place;
+  const BackwardTask& first = params.direction[place.direction];
+  char* const shared = cells.shared;
+
+  Weights<1, kRegisterChunks<kBackward, kOperands>> weights;
+  weights.load(first.weights, tiling, shared);
+  cells.begin();
+
+  PublishedStates<kOperands, 1, NT> source(first.given.dgates, tiling, shared);
+  Words state[source.kAhead][NT];
+  Walk walk(params.extent, tiling, place.group * Cells::kRows, tiling.groups * Cells::kRows,
+            !first.given.reverse);
+  const auto aim = [&] {
+    const Turn& turn = walk.turn();
+    const int stride = 4 * tiling.padded * int(sizeof(typename Cells::T));
+    return source.aim_at(tiling, stride, weights.chunks, [&](int n, int& row, bool& takes_part) {
+      const int b = turn.row_0 + n;
+      row = turn.before.first + b;
+      takes_part = b < turn.before.count && b < turn.now.count;
+    });
   };
 
   bool more = walk.next();
   const bool early = tiling.tiles > 1;  // see forward.cu
   if (more && early) source.set_out(aim(), weights.chunks, state);
-  if (more && !owner) load_saved(walk.turn());
+  if (more && !cells.owner) cells.load_saved(walk.turn());
   for (int copy = 0; more; copy ^= 1) {
     const Turn turn = walk.turn();
-    const BackwardTask& task = params.direction[opaque(place.direction)];
-    const BackwardDirection& given = task.given;
-    const bool works = !kServed || !owner;
-    if (!kServed) load_saved(turn);
-    if (works) prepare(turn);
-    if (kServed && !owner) handed.put(copy, slopes, dh_given);
+    const BackwardTask& task = cells.task();
+    if (!Cells::kServed) cells.load_saved(turn);
+    if (cells.works) cells.prepare(turn);
+    if (Cells::kServed && !cells.owner) cells.handed.put(copy, cells.slopes, cells.dh_given);
     const Aim<NT> here = aim();
     more = walk.next();
     if (!early) source.set_out(here, weights.chunks, state);
-    if (kServed && !owner && more) load_saved(walk.turn());
-    // One unit of eight does it for all of them: their cells lie in the same sectors.
-    if (works && real && own.u == 0)
-      prefetch_cell<T>(given, extent, turn.s + kStepsPrefetched,
-                       walk.rows(turn.s + kStepsPrefetched), turn.row_0 + row, unit, padded);
+    if (Cells::kServed && !cells.owner && more) cells.load_saved(walk.turn());
+    cells.look_ahead(task.given, turn, walk);
     Sums<kOperands, 1, NT, 4 / NT> sums;
     sums.clear();
     multiply(sums, weights, task.weights, tiling, source, state);
@@ -232,55 +286,27 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
 
     // Blocks take turns between two copies: see forward.cu.
     float* const partials =
-        reinterpret_cast<float*>(shared + tiling.partials) + copy * kWarpsInTeam * kCells;
+        reinterpret_cast<float*>(shared + tiling.partials) + copy * kWarpsInTeam * Cells::kCount;
     sums.each([&](int, int m, int n, float sum) {
-      store_element(partials + warp * kCells + partial_sum_of<NT>(m, n), sum);
+      store_element(partials + thread_index() / kLanes * Cells::kCount + partial_sum_of<NT>(m, n),
+                    sum);
     });
     block_barrier();
 
-    if (owner) {
-      if (kServed) handed.take(copy, slopes, dh_given);
-      const int b = turn.row_0 + row, r = turn.now.first + b;
-      const bool in_step = b < turn.now.count;
-      const float dh =
-          dh_given + gather(partials + partial_sum_of<NT>(8 * own.mu + own.u, row), kCells);
-      float* const dc = cell + turn.tile * kCells + thread;
-      CellGradient<float> found = cell_gradient(slopes, dh, load_element(dc));
-      uint32_t word[4];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) word[k] = operand<kOperands>(real && in_step ? found.gate[k] : 0);
-      // First what others wait for.
-      publish_gradient(row_of(static_cast<Operand*>(given.dgates), r, 4 * padded) + unit, unit,
-                       padded, word, in_step && unit < padded);
-      if (real && in_step) {
-        store_element(dc, found.dc_before);
-        if (b >= turn.after.count)  // the row's last step, its first in the direction's order
-          row_of(static_cast<T*>(given.grad_c_0), b, H)[unit] = S::store(found.dc_before);
-      }
-    }
+    cells.find_again();
+    if (cells.owner) cells.update(task.given, turn, partials, copy);
   }
-}
-
-using Kernel = void (*)(BackwardParams);
-
-template <Operands kOperands>
-Kernel kernel_for(const Plan& plan) {
-  if constexpr (kOperands != kF32)
-    if (plan.tile_rows == 16) return backward_kernel<kOperands, 2>;
-  return backward_kernel<kOperands, 1>;
 }
 
 }  // namespace
 
-template <>
-int resident_backward<FUSED_LSTM_OPERANDS>(const Plan& plan) {
-  return resident_blocks(kernel_for<FUSED_LSTM_OPERANDS>(plan), grid_of(plan));
+template <Operands kOperands>
+BackwardKernel backward_kernel_for(const Plan& plan) {
+  if constexpr (kOperands != kF32)  // whose sums would take all the registers
+    if (plan.tile_rows == 16) return backward_kernel<kOperands, 2>;
+  return backward_kernel<kOperands, 1>;
 }
 
-template <>
-const char* launch_backward<FUSED_LSTM_OPERANDS>(const Plan& plan, const BackwardParams& params,
-                                                 Stream stream) {
-  return launch(kernel_for<FUSED_LSTM_OPERANDS>(plan), grid_of(plan), stream, params);
-}
+template BackwardKernel backward_kernel_for<FUSED_LSTM_OPERANDS>(const Plan&);
 
 }  // namespace fused_lstm::cuda

@@ -113,119 +113,198 @@ struct Handed {
   }
 };
 
+// A thread's cell in each tile, or that of the thread that it serves.
 template <Operands kOperands, int NT>
-FUSED_LSTM_KERNEL(32 * kWarpsInTeam)
-forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
+struct Cells {
   using S = Storage<kOperands>;
   using T = typename S::Type;
-  constexpr int MT = 4;  // gates i, f and g, o of 8 units are two tiles of 16 rows
-  constexpr int kRows = 8 * NT;
-  constexpr int kCells = kUnitsInTeam * kRows;  // and as many threads that have one
-  constexpr bool kServed = kIsServed<kRows>;
-  constexpr bool kFast = sizeof(T) == 2;
-  const Tiling& tiling = params.tiling;
-  const Extent& extent = params.extent;
-  const Place place(tiling);
-  const int slice = place.slice, H = extent.H;
-  const int thread = thread_index(), lane = thread % kLanes, warp = thread / kLanes;
-  char* const shared = shared_memory();
-  float* const cell = reinterpret_cast<float*>(shared + tiling.cell);
-  Words* const biases = reinterpret_cast<Words*>(shared + tiling.bias);
+  using X = T[4];  // x W_ih^T of the cell
+  static constexpr int kRows = 8 * NT;
+  static constexpr int kCount = kUnitsInTeam * kRows;  // and as many threads that have one
+  static constexpr bool kServed = kIsServed<kRows>;
 
-  Weights<MT, kRegisterChunks<kForward, kOperands>> weights;
-  weights.load(params.direction[place.direction].weights, tiling, shared);
+  const ForwardParams& params;
+  const Place place;
+  char* const shared;
+  const bool owner;  // the others serve
+  CellPlace<NT> own;
+  const Handed handed;
+  int unsaved = -1;  // the row whose cell the other half has handed over
 
-  const bool owner = thread < kCells;  // the others serve
-  // Of a thread that serves, the place of the one that it serves.
-  const CellPlace<NT> own(thread % kCells, slice, H);
-  const Handed handed(shared + tiling.handed, kCells, thread % kCells);
-  const ForwardDirection& given = params.direction[place.direction].given;
-  if (thread < kUnitsInTeam) {
-    const int at = slice * kUnitsInTeam + thread;
-    float bias[4] = {};
-    if (given.bias_ih && at < H) {
-#pragma unroll
-      for (int gate = 0; gate < 4; ++gate)
-        bias[gate] = S::load(static_cast<const T*>(given.bias_ih)[gate * H + at]) +
-                     S::load(static_cast<const T*>(given.bias_hh)[gate * H + at]);
-    }
-    store_words(biases + thread, words_of(bias));
+  FUSED_LSTM_DEVICE explicit Cells(const ForwardParams& of)
+      : params(of),
+        place(of.tiling),
+        shared(shared_memory()),
+        owner(thread_index() < kCount),
+        own(thread_index() % kCount, place.slice, of.extent.H),
+        handed(shared + of.tiling.handed, kCount, thread_index() % kCount) {}
+
+  // Looked up anew at each use: see `opaque`.
+  FUSED_LSTM_DEVICE const ForwardTask& task() const {
+    return params.direction[opaque(place.direction)];
   }
-  for (int tile = 0; owner && tile < tiling.tiles; ++tile) {
-    const int b = (tile * tiling.groups + place.group) * kRows + own.row;
-    const bool here = own.real && b < extent.B;
-    store_element(cell + tile * kCells + thread,
-                  here ? S::load(row_of(static_cast<const T*>(given.c_0), b, H)[own.unit]) : 0);
+  FUSED_LSTM_DEVICE float* states() const {
+    return reinterpret_cast<float*>(shared + params.tiling.cell);
   }
-  block_barrier();
+  FUSED_LSTM_DEVICE Words* biases() const {
+    return reinterpret_cast<Words*>(shared + params.tiling.bias);
+  }
 
-  PublishedStates<kOperands, MT, NT> source;
-  Words state[source.kAhead][NT];
-  constexpr int kColumns = kChunkBytes / int(sizeof(T));
-  const int column = warp * tiling.chunks * kColumns + lane % 4 * (kColumns / 4);
-  source.all = params.direction[place.direction].states;
-  source.stage = shared + tiling.states + warp * 2 * kRows * kChunkBytes;
-  Walk walk(extent, tiling, place.group * kRows, tiling.groups * kRows, given.reverse);
-  const auto aim = [&] {
-    const Turn& turn = walk.turn();
-    const int within = (tiling.columns - column + kColumns - 1) / kColumns;
-    Aim<NT> aim;
+  // Finds the place again where keeping it would take registers that the product needs.
+  FUSED_LSTM_DEVICE void find_again() {
+    if (!kServed || kOperands == kTf32)
+      own = CellPlace<NT>(opaque(thread_index()) % kCount, place.slice, params.extent.H);
+  }
+
+  // The biases' sums and c_0 into shared memory.
+  FUSED_LSTM_DEVICE void begin() const {
+    const ForwardDirection& given = params.direction[place.direction].given;
+    const int thread = thread_index(), H = params.extent.H;
+    if (thread < kUnitsInTeam) {
+      const int at = place.slice * kUnitsInTeam + thread;
+      float bias[4] = {};
+      if (given.bias_ih && at < H) {
 #pragma unroll
-    for (int nt = 0; nt < NT; ++nt) {
-      const int b = turn.row_0 + 8 * nt + lane / 4;
-      const int from = b < turn.before.count ? extent.B + turn.before.first + b : b;
-      aim.rows[nt] = from * (params.states_stride / 16) + column * int(sizeof(T)) / 16;
-      aim.limits[nt] = b < turn.now.count ? smaller(within, weights.chunks) : 0;
+        for (int gate = 0; gate < 4; ++gate)
+          bias[gate] = S::load(static_cast<const T*>(given.bias_ih)[gate * H + at]) +
+                       S::load(static_cast<const T*>(given.bias_hh)[gate * H + at]);
+      }
+      store_words(biases() + thread, words_of(bias));
     }
-    return aim;
-  };
+    for (int tile = 0; owner && tile < params.tiling.tiles; ++tile) {
+      const int b = (tile * params.tiling.groups + place.group) * kRows + own.row;
+      const bool here = own.real && b < params.extent.B;
+      store_element(states() + tile * kCount + thread,
+                    here ? S::load(row_of(static_cast<const T*>(given.c_0), b, H)[own.unit]) : 0);
+    }
+  }
 
-  using X = T[4];  // x W_ih^T of this thread's cell
-  const auto load_x = [&](const Turn& turn, X& x) {
-    const int b = turn.row_0 + own.row;
+  FUSED_LSTM_DEVICE void load_x(const Turn& turn, X& x) const {
+    const int b = turn.row_0 + own.row, H = params.extent.H;
     if (!own.real || b >= turn.now.count) return;
-    const ForwardDirection& from = params.direction[opaque(place.direction)].given;
-    const T* gates = row_of(static_cast<const T*>(from.gates), turn.now.first + b, 4 * H);
+    const T* gates = row_of(static_cast<const T*>(task().given.gates), turn.now.first + b, 4 * H);
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate) x[gate] = load_element(gates + gate * H + own.unit);
-  };
-  const auto begin_sums = [&](const X& x, const Turn& turn, float (&sum)[4]) {
-    floats_of(load_words(biases + 8 * own.mu + own.u), sum);
+  }
+
+  FUSED_LSTM_DEVICE void begin_sums(const X& x, const Turn& turn, float (&sum)[4]) const {
+    floats_of(load_words(biases() + 8 * own.mu + own.u), sum);
     const bool active = own.real && turn.row_0 + own.row < turn.now.count;
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate) sum[gate] += active ? S::load(x[gate]) : 0;
-  };
-  const auto hand_sums = [&](const X& x, const Turn& turn, int copy) {
+  }
+
+  FUSED_LSTM_DEVICE void hand_sums(const X& x, const Turn& turn, int copy) const {
     float sum[4];
     begin_sums(x, turn, sum);
     handed.put(copy, sum);
-  };
-  const auto save_cell = [&](int r, const Cell<float>& of) {
-    save<S>(params.direction[opaque(place.direction)].given, params.save, r, H, own.unit, of);
+  }
+
+  // Into L2: one unit of eight does it for all of them, their cells lie in the same sectors.
+  FUSED_LSTM_DEVICE void look_ahead(const ForwardTask& task, const Turn& turn,
+                                    const Walk& walk) const {
+    if ((!kServed || !owner) && own.real && own.u == 0)
+      prefetch_cell<T>(params, task, walk.rows(turn.s + kStepsPrefetched), turn.row_0 + own.row,
+                       own.unit);
+  }
+
+  // One tile's cells, from the warps' partial sums.
+  FUSED_LSTM_DEVICE void update(const ForwardTask& task, const Turn& turn, const X& x,
+                                const Words* partials, int copy, bool more) {
+    const int b = turn.row_0 + own.row, r = turn.now.first + b;
+    const bool in_step = own.real && b < turn.now.count;
+    float sum[4];
+    if (kServed)
+      handed.take(copy, sum);
+    else
+      begin_sums(x, turn, sum);
+    gather(sum, partials + partial_sum_of<NT>(own.mu, own.u, own.row), kCount);
+    float* const c = states() + turn.tile * kCount + thread_index();
+    Cell<float> found = update_cell<sizeof(T) == 2>(sum, load_element(c));
+    if (!own.real) found.h = 0;
+    // First what others wait for. Columns beyond H, up to the row's end, are read too.
+    publish_state<T>(row_of(task.states, params.extent.B + r, params.states_stride), own.unit,
+                     operand<kOperands>(found.h),
+                     b < turn.now.count && own.unit * int(sizeof(T)) < params.states_stride);
+    if (!in_step) return;
+    store_element(c, found.c);
+    if (b >= turn.after.count) {  // the row's last step
+      const ForwardDirection& to = task.given;
+      row_of(static_cast<T*>(to.h_n), b, params.extent.H)[own.unit] = S::store(found.h);
+      row_of(static_cast<T*>(to.c_n), b, params.extent.H)[own.unit] = S::store(found.c);
+    }
+    if (kServed && more)
+      handed.put(copy, found);
+    else
+      save_cell(r, found);
+  }
+
+  // What these threads' cells found in the tile before, and what they begin the next one with.
+  FUSED_LSTM_DEVICE void serve(const Turn& turn, const Turn& following, int copy, bool more) {
+    X x;
+    if (more) load_x(following, x);
+    if (unsaved >= 0) {
+      Cell<float> found;
+      handed.take(copy ^ 1, found);
+      save_cell(unsaved, found);
+    }
+    const int b = turn.row_0 + own.row;
+    unsaved = own.real && b < turn.now.count ? turn.now.first + b : -1;
+    if (more) hand_sums(x, following, copy ^ 1);
+  }
+
+  FUSED_LSTM_DEVICE void save_cell(int r, const Cell<float>& of) const {
+    save<S>(task().given, params.save, r, params.extent.H, own.unit, of);
+  }
+};
+
+template <Operands kOperands, int NT>
+FUSED_LSTM_KERNEL(32 * kWarpsInTeam)
+forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
+  constexpr int MT = 4;  // gates i, f and g, o of 8 units are two tiles of 16 rows
+  using Cells = Cells<kOperands, NT>;
+  const Tiling& tiling = params.tiling;
+  Cells cells(params);
+  const Place& place = cells.place;
+  const ForwardTask& first = params.direction[place.direction];
+  char* const shared = cells.shared;
+
+  Weights<MT, kRegisterChunks<kForward, kOperands>> weights;
+  weights.load(first.weights, tiling, shared);
+  cells.begin();
+  block_barrier();
+
+  PublishedStates<kOperands, MT, NT> source(first.states, tiling, shared);
+  Words state[source.kAhead][NT];
+  Walk walk(params.extent, tiling, place.group * Cells::kRows, tiling.groups * Cells::kRows,
+            first.given.reverse);
+  const auto aim = [&] {  // row b of the states is h_0, row B + r that of packed row r
+    const Turn& turn = walk.turn();
+    return source.aim_at(
+        tiling, params.states_stride, weights.chunks, [&](int n, int& row, bool& takes_part) {
+          const int b = turn.row_0 + n;
+          row = b < turn.before.count ? params.extent.B + turn.before.first + b : b;
+          takes_part = b < turn.now.count;
+        });
   };
 
   bool more = walk.next();
   const bool early = tiling.tiles > 1;
   if (more && early) source.set_out(aim(), weights.chunks, state);
-  if (more && !owner) {
-    X x;
-    load_x(walk.turn(), x);
-    hand_sums(x, walk.turn(), 0);
+  if (more && !cells.owner) {
+    typename Cells::X x;
+    cells.load_x(walk.turn(), x);
+    cells.hand_sums(x, walk.turn(), 0);
   }
-  int unsaved = -1;  // the row whose cell the other half has handed over
   for (int copy = 0; more; copy ^= 1) {
     const Turn turn = walk.turn();
-    const ForwardTask& task = params.direction[opaque(place.direction)];
-    const ForwardDirection& given = task.given;
-    X x;
-    if (!kServed) load_x(turn, x);
+    const ForwardTask& task = cells.task();
+    typename Cells::X x;
+    if (!Cells::kServed) cells.load_x(turn, x);
     const Aim<NT> here = aim();
     more = walk.next();
     if (!early) source.set_out(here, weights.chunks, state);
-    // One unit of eight does it for all of them: their cells lie in the same sectors.
-    if ((!kServed || !owner) && own.real && own.u == 0)
-      prefetch_cell<T>(params, task, walk.rows(turn.s + kStepsPrefetched), turn.row_0 + own.row,
-                       own.unit);
+    cells.look_ahead(task, turn, walk);
     Sums<kOperands, MT, NT, 1> sums;
     sums.clear();
     multiply(sums, weights, task.weights, tiling, source, state);
@@ -235,79 +314,31 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
 
     // Blocks take turns between two copies: what is read here is written again only after the
     // barrier of the next tile, which no thread reaches before it has read.
-    constexpr int kAll = kUnitsInTeam * kRows;  // Words
     Words* const partials =
-        reinterpret_cast<Words*>(shared + tiling.partials) + copy * kWarpsInTeam * kAll;
+        reinterpret_cast<Words*>(shared + tiling.partials) + copy * kWarpsInTeam * Cells::kCount;
     sums.each_unit([&](int mu, int u, int n, const Words& gates) {
-      store_words(partials + warp * kAll + partial_sum_of<NT>(mu, u, n), gates);
+      store_words(partials + thread_index() / kLanes * Cells::kCount + partial_sum_of<NT>(mu, u, n),
+                  gates);
     });
     block_barrier();
 
-    // The same again where it would take registers that the product needs.
-    const int of = kServed == (kOperands == kTf32) ? opaque(thread) : thread;
-    const CellPlace<NT> own(of % kCells, slice, H);
-    const int b = turn.row_0 + own.row, r = turn.now.first + b;
-    const bool in_step = b < turn.now.count;
-    if (owner) {
-      float sum[4];
-      if (kServed)
-        handed.take(copy, sum);
-      else
-        begin_sums(x, turn, sum);
-      gather(sum, partials + partial_sum_of<NT>(own.mu, own.u, own.row), kAll);
-      float* const c = cell + turn.tile * kCells + thread;
-      Cell<float> found = update_cell<kFast>(sum, load_element(c));
-      if (!own.real) found.h = 0;
-      // First what others wait for. Columns beyond H, up to the row's end, are read too.
-      publish_state<T>(row_of(task.states, extent.B + r, params.states_stride), own.unit,
-                       operand<kOperands>(found.h),
-                       in_step && own.unit * int(sizeof(T)) < params.states_stride);
-      if (own.real && in_step) {
-        store_element(c, found.c);
-        if (b >= turn.after.count) {  // the row's last step
-          row_of(static_cast<T*>(given.h_n), b, H)[own.unit] = S::store(found.h);
-          row_of(static_cast<T*>(given.c_n), b, H)[own.unit] = S::store(found.c);
-        }
-        if (kServed && more)
-          handed.put(copy, found);
-        else
-          save_cell(r, found);
-      }
-    } else {
-      // What these threads' cells found in the tile before, and what they begin the next one with.
-      X next;
-      if (more) load_x(walk.turn(), next);
-      if (unsaved >= 0) {
-        Cell<float> found;
-        handed.take(copy ^ 1, found);
-        save_cell(unsaved, found);
-      }
-      unsaved = own.real && in_step ? r : -1;
-      if (more) hand_sums(next, walk.turn(), copy ^ 1);
-    }
+    cells.find_again();
+    if (cells.owner)
+      cells.update(task, turn, x, partials, copy, more);
+    else
+      cells.serve(turn, walk.turn(), copy, more);
   }
 }
 
-using Kernel = void (*)(ForwardParams);
+}  // namespace
 
 template <Operands kOperands>
-Kernel kernel_for(const Plan& plan) {
+ForwardKernel forward_kernel_for(const Plan& plan) {
   if constexpr (kOperands != kF32)  // whose sums would take all the registers
     if (plan.tile_rows == 16) return forward_kernel<kOperands, 2>;
   return forward_kernel<kOperands, 1>;
 }
 
-}  // namespace
-
-template <>
-int resident_forward<FUSED_LSTM_OPERANDS>(const Plan& plan) {
-  return resident_blocks(kernel_for<FUSED_LSTM_OPERANDS>(plan), grid_of(plan));
-}
-
-template <>
-const char* launch_forward<FUSED_LSTM_OPERANDS>(const Plan& plan, const ForwardParams& params,
-                                                Stream stream) {
-  return launch(kernel_for<FUSED_LSTM_OPERANDS>(plan), grid_of(plan), stream, params);
-}
+template ForwardKernel forward_kernel_for<FUSED_LSTM_OPERANDS>(const Plan&);
 
 }  // namespace fused_lstm::cuda

@@ -2,6 +2,7 @@
 // how a block is placed among the others.
 #pragma once
 
+#include <cstdlib>
 #include <type_traits>
 
 #include "device.cuh"
@@ -12,7 +13,7 @@ namespace fused_lstm::cuda {
 
 // The numbers of a Plan that kernels need, with what follows from them for this call.
 struct Tiling {
-  int slices, groups, tile_rows, tiles;
+  int slices, groups, tiles;
   int row_tiles, chunks;  // of a warp
   int shared_chunks;      // of these, in shared memory
   int columns;     // of the recurrent weights' rows that are multiplied: H, or 4 padded H backward
@@ -49,24 +50,16 @@ struct BackwardParams {
 // Words of packed weights of one direction.
 int64_t packed_words(const Plan& plan);
 
-// How many blocks of this plan's kernel a multiprocessor holds.
+// The kernel of a plan: forward.cu and backward.cu, compiled for each kind of operands, have these.
+using ForwardKernel = void (*)(ForwardParams);
+using BackwardKernel = void (*)(BackwardParams);
 template <Operands kOperands>
-int resident_forward(const Plan& plan);
+ForwardKernel forward_kernel_for(const Plan& plan);
 template <Operands kOperands>
-int resident_backward(const Plan& plan);
-
-template <Operands kOperands>
-const char* launch_forward(const Plan& plan, const ForwardParams& params, Stream stream);
-template <Operands kOperands>
-const char* launch_backward(const Plan& plan, const BackwardParams& params, Stream stream);
+BackwardKernel backward_kernel_for(const Plan& plan);
 
 const char* pack_forward(const Plan& plan, const ForwardParams& params, Stream stream);
 const char* pack_backward(const Plan& plan, const BackwardParams& params, Stream stream);
-
-// Blocks of a team wait for each other, so all of them must run at once.
-inline Grid grid_of(const Plan& plan) {
-  return {plan.blocks(), plan.threads(), plan.shared_bytes, true};
-}
 
 // run(kind) for the kind of operands at hand, which is decltype(kind)::value.
 template <class Run>
@@ -78,9 +71,10 @@ auto with_operands(Operands operands, Run run) {
       return run(std::integral_constant<Operands, kF16>());
     case kTf32:
       return run(std::integral_constant<Operands, kTf32>());
-    default:
+    case kF32:
       return run(std::integral_constant<Operands, kF32>());
   }
+  std::abort();  // no such operands
 }
 
 FUSED_LSTM_DEVICE int smaller(int a, int b) { return a < b ? a : b; }

@@ -16,7 +16,7 @@ namespace fused_lstm::cuda {
 
 // How the recurrent product is taken, and so which kernel: tensor cores on 16 bits or tf32, or
 // plain fp32 multiplications.
-enum Operands { kBf16, kF16, kTf32, kF32, kOperands };
+enum Operands { kBf16, kF16, kTf32, kF32 };
 
 enum Pass { kForward, kBackward };
 

@@ -5,34 +5,14 @@
 // batch row g: for the tensor cores these are the fragments of two mma, with the columns in an
 // order of our own, which the packed weights follow (prepare.cu). In words of 4 bytes, within the
 // chunk:
-//   weights, tensor cores: register r of mma m in lane 4g + q: row g + 8 (r & 1), word 4q + 2m +
-//   r/2 weights, plain fp32:   word r of half m in lane l: row l % 16, word 8 (l / 16) + 4m + r
-//   states:                word w in lane 4g + q: batch row g, word 4q + w
+//   weights, tensor cores  register r of mma m in lane 4g + q: row g + 8 (r & 1), word 4q + 2m + r/2
+//   weights, plain fp32    word r of half m in lane l: row l % 16, word 8 (l / 16) + 4m + r
+//   states                 word w in lane 4g + q: batch row g, word 4q + w
 #pragma once
 
-#include "persistent.cuh"
-#include "storage.cuh"
+#include "published.cuh"
 
 namespace fused_lstm::cuda {
-
-constexpr int kLanes = 32;
-
-// Bounds a wait for another block. By the clock, not by tries: a neighbour's kernel may hold
-// multiprocessors for seconds, and then nothing is wrong. No correct launch comes near the bound.
-class Patience {
- public:
-  FUSED_LSTM_DEVICE void lose() {
-    constexpr int kTriesALook = 1 << 10;  // the clock takes longer to read than a register
-    constexpr uint32_t kMilliseconds = 60'000;
-    if (++tries_ % kTriesALook) return;
-    const uint32_t now = milliseconds();
-    if (tries_ == kTriesALook) since_ = now;
-    if (now - since_ > kMilliseconds) give_up();
-  }
-
- private:
-  uint32_t tries_ = 0, since_ = 0;
-};
 
 // Which row of 16 and which word of the chunk lane `lane` holds in word r of part m.
 template <Operands kOperands>
@@ -46,8 +26,7 @@ FUSED_LSTM_DEVICE void weight_position(int lane, int m, int r, int& row, int& wo
   }
 }
 
-// --- sums
-// -----------------------------------------------------------------------------------------
+// --- sums ----------------------------------------------------------------------------------------
 
 // (16 MT, 8 NT) sums in the lanes of a warp. each(put) hands each lane's own out one by one;
 // each_unit(put), where tiles of 16 rows are gates i and f, then g and o, of 8 units (forward), the
@@ -209,8 +188,7 @@ class Sums<kF32, MT, NT,
   float sum_[MT][8 * NT];
 };
 
-// --- weights
-// --------------------------------------------------------------------------------------
+// --- weights -------------------------------------------------------------------------------------
 
 // A warp's weights: chunks below RT in registers, the next in shared memory, and what that does not
 // hold is read anew each time, from L2.
@@ -258,97 +236,7 @@ struct Weights {
   }
 };
 
-// --- states
-// ---------------------------------------------------------------------------------------
-
-// Chunks of published states that a warp has in flight: what sets out together takes one trip to L2
-// together. As many as nvcc's report allows, for nothing may spill: backward, where a warp has
-// 4 H / 8 columns, all of them up to H 1024 in 16 bits.
-template <Operands kOperands, int MT, int NT>
-constexpr int chunks_ahead() {
-  if (kOperands == kF32) return MT == 1 ? 4 : 3;
-  if (MT == 1) return NT == 1 ? 16 : 6;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900  // whose addresses take more registers
-  if (NT == 2) return 2;
-#endif
-  return kOperands == kTf32 ? 6 / NT : 5 - NT;
-}
-
-// What a lane fetches of its rows of a tile.
-template <int NT>
-struct Aim {
-  int rows[NT];    // this lane's part of its row, from the warp's first column on, counted in 16
-                   // bytes from PublishedStates::all (a register each, where pointers are two)
-  int limits[NT];  // of this lane's chunks: none where the row takes no part
-};
-
-// The states that the blocks of a team publish in global memory: each lane polls the very words
-// that it multiplies until none is kNotYet, so no flag, no fence and no second trip to L2.
-template <Operands kOperands, int MT, int NT>
-struct PublishedStates {
-  static constexpr int kAhead = chunks_ahead<kOperands, MT, NT>();
-  const char* all;
-  Aim<NT> aim;
-  char* stage;  // kF32: (2, 8 NT, 64 bytes) of this warp in shared memory
-
-  // A branch for so many chunks: one for each would take longer than the loads.
-  static constexpr int kTogether = 4;
-
-  FUSED_LSTM_DEVICE void set_out(const Aim<NT>& for_tile, int chunks, Words (&state)[kAhead][NT]) {
-    aim = for_tile;
-    fetch(0, chunks, state);
-  }
-
-  // kAhead chunks of the warp's `chunks`, from `first` on.
-  FUSED_LSTM_DEVICE void fetch(int first, int chunks, Words (&state)[kAhead][NT]) const {
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (i % kTogether == 0 && first + i >= chunks) return;
-#pragma unroll
-      for (int nt = 0; nt < NT; ++nt)
-        state[i][nt] = load_published_or_zero(first + i < aim.limits[nt], at(first + i, nt));
-    }
-  }
-
-  // Until all that was fetched of the chunks from `first` on is there. What is missing is fetched
-  // again all at once: one by one, each would cost a trip to L2 of its own.
-  FUSED_LSTM_DEVICE void wait(int first, int chunks, Words (&state)[kAhead][NT]) const {
-    for (Patience patience;; patience.lose()) {
-      bool missing = false;
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (i % kTogether == 0 && first + i >= chunks) break;
-#pragma unroll
-        for (int nt = 0; nt < NT; ++nt) {
-          const bool there = published(state[i][nt]);
-          load_published(!there, at(first + i, nt), state[i][nt]);
-          missing |= !there;
-        }
-      }
-      if (!warp_any(missing)) return;
-    }
-  }
-
-  FUSED_LSTM_DEVICE const char* in_shared_memory(int j, const Words (&state)[NT],
-                                                 int& stride) const {
-    const int lane = thread_index() % kLanes;
-    char* copy = stage + (j & 1) * 8 * NT * kChunkBytes;  // the other one may still be read
-#pragma unroll
-    for (int nt = 0; nt < NT; ++nt)
-      store_words(copy + (8 * nt + lane / 4) * kChunkBytes + lane % 4 * 16, state[nt]);
-    warp_barrier();
-    stride = kChunkBytes;
-    return copy;
-  }
-
- private:
-  FUSED_LSTM_DEVICE const char* at(int j, int nt) const {
-    return all + int64_t(aim.rows[nt]) * 16 + j * kChunkBytes;
-  }
-};
-
-// --- the product
-// ----------------------------------------------------------------------------------
+// --- the product ---------------------------------------------------------------------------------
 
 // Adds the warp's product to the sums; `state` holds what states.set_out() asked for.
 template <Operands kOperands, int MT, int NT, int kChains, int RT>

@@ -12,7 +12,6 @@ Tiling tiling_of(const Plan& plan, int H) {
   Tiling t{};
   t.slices = plan.slices;
   t.groups = plan.groups;
-  t.tile_rows = plan.tile_rows;
   t.tiles = plan.tiles;
   t.row_tiles = row_tiles(plan);
   t.chunks = plan.chunks;
@@ -40,24 +39,25 @@ size_t states_bytes(const Plan& plan, const Extent& extent) {
   return aligned((extent.B + extent.N) * size_t(states_stride(plan, extent.H)));
 }
 
+// Blocks of a team wait for each other, so all of them must run at once.
+Grid grid_of(const Plan& plan) {
+  return {plan.blocks(), plan.threads(), plan.shared_bytes, /*together=*/true};
+}
+
+auto forward_kernel(const Plan& plan) {
+  return with_operands(plan.operands,
+                       [&](auto kind) { return forward_kernel_for<decltype(kind)::value>(plan); });
+}
+
+auto backward_kernel(const Plan& plan) {
+  return with_operands(plan.operands,
+                       [&](auto kind) { return backward_kernel_for<decltype(kind)::value>(plan); });
+}
+
+// How many blocks of a plan's kernel a multiprocessor holds.
 int resident(const Plan& plan) {
-  return with_operands(plan.operands, [&](auto kind) {
-    constexpr Operands kOperands = decltype(kind)::value;
-    return plan.pass == kForward ? resident_forward<kOperands>(plan)
-                                 : resident_backward<kOperands>(plan);
-  });
-}
-
-const char* launch_persistent(const Plan& plan, const ForwardParams& params, Stream stream) {
-  return with_operands(plan.operands, [&](auto kind) {
-    return launch_forward<decltype(kind)::value>(plan, params, stream);
-  });
-}
-
-const char* launch_persistent(const Plan& plan, const BackwardParams& params, Stream stream) {
-  return with_operands(plan.operands, [&](auto kind) {
-    return launch_backward<decltype(kind)::value>(plan, params, stream);
-  });
+  return plan.pass == kForward ? resident_blocks(forward_kernel(plan), grid_of(plan))
+                               : resident_blocks(backward_kernel(plan), grid_of(plan));
 }
 
 constexpr int kEmpty = 0xff;  // each byte of kNotYet
@@ -103,7 +103,7 @@ const char* run(const Plan& plan, const ForwardLaunch& call, void* workspace, St
       if (const char* error = fill(task.states + h_0, kEmpty, bytes - h_0, stream)) return error;
   }
   if (const char* error = pack_forward(plan, params, stream)) return error;
-  return launch_persistent(plan, params, stream);
+  return launch(forward_kernel(plan), grid_of(plan), stream, params);
 }
 
 const char* run(const Plan& plan, const BackwardLaunch& call, void* workspace, Stream stream) {
@@ -121,7 +121,7 @@ const char* run(const Plan& plan, const BackwardLaunch& call, void* workspace, S
       return error;
   }
   if (const char* error = pack_backward(plan, params, stream)) return error;
-  return launch_persistent(plan, params, stream);
+  return launch(backward_kernel(plan), grid_of(plan), stream, params);
 }
 
 }  // namespace fused_lstm::cuda

@@ -153,8 +153,10 @@ const char* with_element(Dtype dtype, Run run) {
       return run(Element<kFloat64>());
     case kBFloat16:
       return run(Element<kBFloat16>());
-    default:
+    case kFloat16:
       return run(Element<kFloat16>());
+    default:
+      return "no kernel for this dtype";
   }
 }
 
