@@ -90,7 +90,17 @@ def _split(
         # 128 registers a thread for the sums at most
         if ahead < 0 or used > device.shared_memory or sums > 512 * split * 32:
             break
-        best = Plan("split", block_b, 16, split, block_k, ahead, split, 2, groups, used)
+        best = Plan(
+            "split",
+            block_b=block_b,
+            block_h=16,
+            split=split,
+            block_k=block_k,
+            ahead=ahead,
+            warps=split,
+            groups=groups,
+            shared_memory=used,
+        )
         if D * -(-B // block_b) <= groups:
             break
     return best
