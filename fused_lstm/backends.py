@@ -84,39 +84,41 @@ class backend:
         _forced = self._before
 
 
-def choose(input: Tensor, transformed: bool) -> str:
+def choose(input: Tensor, dtype: torch.dtype, transform: str | None) -> str:
     """The name of the backend that serves a call: the forced one, or the first that can.
 
     Args:
-        input: the tensor of the call, in its compute dtype.
-        transformed: a torch.func transform or forward-mode AD is under way.
+        input: of the call.
+        dtype: that it is computed in.
+        transform: the torch.func transform or forward-mode AD that is under way.
 
     Raises:
         RuntimeError: a backend is forced that can't serve the call.
     """
     for name in NAMES if _forced is None else (_forced,):
-        reason = _refusal(name, input, transformed)
+        reason = refusal(name, input, dtype, transform)
         if reason is None:
             return name
     raise RuntimeError(f"the forced backend {_forced!r} can't serve this call: {reason}")
 
 
-def _refusal(name: str, input: Tensor, transformed: bool) -> str | None:
-    """Why a backend can't serve a call; None where it can."""
+def refusal(name: str, input: Tensor, dtype: torch.dtype, transform: str | None) -> str | None:
+    """Why a backend can't serve a call, as `choose` has it; None where it can."""
     if name == "reference":
         return None
     reason: str | None = None
-    if name == "cuda":
+    if name == "cpu":
+        if not (input.is_cpu or input.is_meta):  # `meta` needs only the shapes
+            reason = f"it serves tensors on the CPU, and this one is on {input.device}"
+    elif name == "cuda":
         reason = cuda.refusal(input)
-    elif name == "triton":
+    else:
         reason = triton.refusal(input)
-    elif not (input.is_cpu or input.is_meta):  # `meta` needs only the shapes
-        reason = f"it serves tensors on the CPU, and this one is on {input.device}"
     if reason is not None:
         return reason
-    if input.dtype not in KERNEL_DTYPES:
-        return f"it does not serve {input.dtype}"
-    if transformed:
+    if dtype not in KERNEL_DTYPES:
+        return f"it does not serve {dtype}"
+    if transform is not None:
         return "torch.func transforms and forward-mode AD need the backend 'reference'"
     return None
 

@@ -1,6 +1,12 @@
-"""`lstm(...)`: checks, autocast, layers and directions, dropout between layers."""
+"""A stack of LSTM layers with the options of `torch.nn.LSTM`, on top of one layer's operators.
+
+`prepare` checks a call and computes nothing: autocast's dtypes, and whether nn.LSTM's own code is
+to answer. `compute` does the rest: layers, dropout between them, what their results are cast to.
+"""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,27 +19,57 @@ from .reference import lstm_layer
 
 _any_autocast_enabled = torch._C._is_any_autocast_enabled
 _is_compiling = torch.compiler.is_compiling
+_is_tracing = torch._C._is_tracing  # torch.jit's
+
+_strided = torch.strided  # a look-up in torch costs as much as reading the layout
 
 States = tuple[Tensor, Tensor]
 
 
-def lstm(
+class Refusal(Exception):
+    """Why `torch.nn.LSTM`'s own code is to answer a call: it says what is wrong, or does what it
+    does."""
+
+
+class Options(Protocol):
+    """Those of `torch.nn.LSTM`, under its names."""
+
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    dropout: float
+    bidirectional: bool
+    proj_size: int
+    training: bool
+
+
+@dataclass(slots=True)  # made in half the time of a named tuple
+class Call:
+    """A call that has been checked."""
+
+    input: Tensor  # (T, B, I), or packed rows (N, I)
+    batch_sizes: Tensor | None  # (T,) of packed rows
+    hx: States | None  # (L*D, B, P) and (L*D, B, H); None: zeros
+    weights: Sequence[Tensor]
+    options: Options
+    directions: int  # D
+    h_size: int  # P
+    batch: int  # B
+    batch_dim: int | None  # of the input as it was given; None: it had none
+    dtype: torch.dtype  # that it is computed in
+    results: Sequence[torch.dtype] | None  # of output, h_n, c_n where autocast decides
+
+
+def prepare(
     input: Tensor,
     batch_sizes: Tensor | None,
     hx: States | None,
     weights: Sequence[Tensor],
-    *,
-    input_size: int,
-    hidden_size: int,
-    num_layers: int,
-    bias: bool,
-    batch_first: bool,
-    dropout: float,
-    bidirectional: bool,
-    proj_size: int,
-    training: bool,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """A stack of LSTM layers with the options of `torch.nn.LSTM`.
+    options: Options,
+) -> Call:
+    """Checks a call; nothing is computed.
 
     Args:
         input: (T, I), (T, B, I), (B, T, I) with `batch_first`, or packed rows (N, I) when
@@ -43,123 +79,133 @@ def lstm(
         weights: for each of L layers, for each of D directions: w_ih (4H, I or D*P), w_hh (4H, P),
             then with `bias` b_ih (4H), b_hh (4H), and with `proj_size` w_hr (P, H).
 
-    Returns:
-        output, h_n, c_n, as `torch.nn.LSTM` shapes them; or None when an argument is not what is
-        said above: `torch.nn.LSTM`'s own code is then to say what is wrong with it.
-
     Raises:
-        RuntimeError: a weight has the wrong shape (`torch.nn.LSTM` may read past its end), or a
-            backend is forced that can't serve the call.
+        Refusal: an argument is not what is said above.
+        RuntimeError: a weight has the wrong shape (`torch.nn.LSTM` may read past its end).
     """
-    directions = 2 if bidirectional else 1
+    directions = 2 if options.bidirectional else 1
+    states = options.num_layers * directions
+    hidden_size, proj_size = options.hidden_size, options.proj_size
     h_size = proj_size or hidden_size
-    states = num_layers * directions
-    if len(weights) != states * (2 + 2 * bias + (proj_size > 0)):
-        return None
-    _check_weight_shapes(weights, input_size, hidden_size, h_size, num_layers, directions)
-
-    # Time-major: (T, B, I), or packed rows (N, I).
-    dim = input.dim()
-    batched = True
-    batch: int | None
-    if batch_sizes is not None:
-        if dim != 2:
-            return None
-        rows, features = input.shape
-        batch = _packed_batch(rows, batch_sizes, hx)
-    else:
-        if dim == 2:
-            batched = False
-            input = input.unsqueeze(1)
-        elif dim != 3:
-            return None
-        elif batch_first:
-            input = input.transpose(0, 1)
-        steps, batch, features = input.shape
-        if steps == 0:
-            return None
-    if batch is None or features != input_size:
-        return None
-
-    h_0 = c_0 = None
+    expected = states * (2 + 2 * options.bias + (proj_size > 0))
+    if len(weights) != expected:
+        raise Refusal(f"there are {len(weights)} weights, not {expected} as for its options")
+    _check_weight_shapes(weights, options, h_size, directions)
+    input, batch, batch_dim = _time_first(input, batch_sizes, hx, options)
     tensors = [input, *weights]
     if hx is not None:
-        found = _states(hx, batched, (states, batch, h_size), (states, batch, hidden_size))
-        if found is None:
-            return None
-        h_0, c_0 = found
-        tensors += found
-    dtype, device = input.dtype, input.device
+        batched = batch_dim is not None
+        hx = _states(hx, batched, (states, batch, h_size), (states, batch, hidden_size))
+        tensors += hx
+
+    dtype = other = input.dtype
+    device = input.device
     for tensor in tensors:
-        if tensor.device != device or tensor.layout is not torch.strided:
-            return None
-
-    sizes = (batch, hidden_size, h_size, num_layers, directions)
-    dropout = dropout if training else 0.0
+        if tensor.device != device:
+            raise Refusal(f"the input is on {device}, a state or weight on {tensor.device}")
+        if tensor.layout is not _strided:
+            raise Refusal(f"a tensor's layout is {tensor.layout}")
+        if tensor.dtype is not dtype:
+            other = tensor.dtype
+    call = Call(
+        input, batch_sizes, hx, weights, options, directions, h_size, batch, batch_dim, dtype, None
+    )
     if _any_autocast_enabled() and torch.is_autocast_enabled(device.type):
-        each = len(weights) // states
-        given = None if h_0 is None or c_0 is None else (h_0, c_0)
-        packed = batch_sizes is not None
-        # Whether all are as long as each other is not known while tracing: taken for no.
-        lengths = None if batch_sizes is None or _is_compiling() else batch_sizes.shape[0]
-        equal = lengths is not None and rows == lengths * batch
-        dtypes = _autocast_dtypes(input, given, weights, each, (packed, equal), training)
+        dtypes = _autocast_dtypes(call)
         if dtypes is None:
-            return None
-        dtype, *of_results = dtypes
-        with torch.autocast(device.type, enabled=False):
-            output, h_n, c_n = _layers(
-                input.to(dtype),
-                batch_sizes,
-                None if h_0 is None else h_0.to(dtype),
-                None if c_0 is None else c_0.to(dtype),
-                [weight.to(dtype) for weight in weights],
-                sizes,
-                dropout,
-            )
-            output, h_n, c_n = map(Tensor.to, (output, h_n, c_n), of_results)
-    else:
-        for tensor in tensors:
-            if tensor.dtype is not dtype:
-                return None
-        if dtype not in KERNEL_DTYPES and not dtype.is_complex:
-            return None
-        output, h_n, c_n = _layers(input, batch_sizes, h_0, c_0, weights, sizes, dropout)
+            raise Refusal("it refuses these dtypes under autocast")
+        call.dtype, *of_results = dtypes
+        call.results = of_results
+        return call
+    if other is not dtype:
+        raise Refusal(f"the input is {dtype}, a state or weight {other}")
+    if dtype not in KERNEL_DTYPES and not dtype.is_complex:
+        raise Refusal(f"there is no LSTM in {dtype}")
+    return call
 
-    if not batched:
+
+def compute(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """output, h_n, c_n, as `torch.nn.LSTM` shapes them.
+
+    Raises:
+        RuntimeError: a backend is forced that can't serve the call.
+    """
+    layer = _layer_function(call)
+    if call.results is None:
+        output, h_n, c_n = _layers(call, layer)
+    else:
+        with torch.autocast(call.input.device.type, enabled=False):
+            _cast(call)
+            found = _layers(call, layer)
+            output, h_n, c_n = map(Tensor.to, found, call.results)
+    if call.batch_dim is None:
         return output.squeeze(1), h_n.squeeze(1), c_n.squeeze(1)
-    if batch_first and batch_sizes is None:
+    if call.batch_dim == 0:
         output = output.transpose(0, 1)
     return output, h_n, c_n
 
 
-def _layers(
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weights: Sequence[Tensor],
-    sizes: tuple[int, int, int, int, int],
-    dropout: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The layers one after the other: one operator call for each, both directions in it."""
-    batch, hidden_size, h_size, num_layers, directions = sizes
-    layer = _layer_function(input, h_0, c_0, weights)
-    if h_0 is None or c_0 is None:
-        c_l = input.new_zeros((directions, batch, hidden_size))
-        h_l = c_l if h_size == hidden_size else input.new_zeros((directions, batch, h_size))
-    elif num_layers == 1:
-        h_l, c_l = h_0, c_0
-    if num_layers == 1:
-        output, h, c, *_ = layer(input, batch_sizes, h_l, c_l, weights)
-        return output, h, c
+def transform() -> str | None:
+    """What is under way that needs the reference path: torch.library's autograd formulas give zero
+    tangents under forward-mode AD, and fail under torch.func."""
+    if transform_under_way():
+        return "torch.func"
+    return "forward-mode AD" if forward_ad._current_level >= 0 else None
 
-    each = len(weights) // num_layers
+
+def is_recorded(call: Call) -> bool:
+    """Whether the call is recorded for a backward."""
+    # torch.jit.trace compares its trace with one made without gradients, and wants the same.
+    if not torch.is_grad_enabled() and (_is_compiling() or not _is_tracing()):
+        return False
+    return (
+        call.input.requires_grad
+        or any(weight.requires_grad for weight in call.weights)
+        or (call.hx is not None and (call.hx[0].requires_grad or call.hx[1].requires_grad))
+    )
+
+
+def _layer_function(call: Call) -> Callable[..., Any]:
+    """What computes one layer of this call."""
+    backend = choose(call.input, call.dtype, transform())
+    if backend == "reference":
+        return lstm_layer
+    if not is_recorded(call):
+        return OPERATORS[backend].lstm_inference
+    if _is_compiling() or _is_tracing():
+        return OPERATORS[backend].lstm_forward
+    return RECORDED[backend]
+
+
+def _cast(call: Call) -> None:
+    """All its tensors to the dtype that it is computed in."""
+    dtype = call.dtype
+    call.input = call.input.to(dtype)
+    if call.hx is not None:
+        call.hx = (call.hx[0].to(dtype), call.hx[1].to(dtype))
+    call.weights = [weight.to(dtype) for weight in call.weights]
+
+
+def _layers(call: Call, layer: Callable[..., Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """The layers one after the other: one operator call for each, both directions in it."""
+    input, batch_sizes, hx, weights = call.input, call.batch_sizes, call.hx, call.weights
+    D, layers = call.directions, call.options.num_layers
+    if hx is None:
+        c_l = input.new_zeros((D, call.batch, call.options.hidden_size))
+        equal = call.h_size == call.options.hidden_size
+        h_l = c_l if equal else input.new_zeros((D, call.batch, call.h_size))
+    elif layers == 1:
+        h_l, c_l = hx
+    if layers == 1:
+        return layer(input, batch_sizes, h_l, c_l, weights)[:3]
+
+    dropout = call.options.dropout if call.options.training else 0.0
+    each = len(weights) // layers
     h_n, c_n = [], []
-    for index in range(num_layers):
-        if h_0 is not None and c_0 is not None:
-            h_l = h_0.narrow(0, index * directions, directions)
-            c_l = c_0.narrow(0, index * directions, directions)
+    for index in range(layers):
+        if hx is not None:
+            h_l = hx[0].narrow(0, index * D, D)
+            c_l = hx[1].narrow(0, index * D, D)
         if index > 0 and dropout:
             input = torch.dropout(input, dropout, True)
         input, h, c, *_ = layer(
@@ -170,116 +216,117 @@ def _layers(
     return input, torch.cat(h_n), torch.cat(c_n)
 
 
-def _layer_function(
-    input: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Sequence[Tensor]
-) -> Callable[..., tuple[Tensor, ...]]:
-    """What computes one layer of this call."""
-    # torch.library's autograd formulas give zero tangents under forward-mode AD and fail under
-    # torch.func, so both take the reference path.
-    backend = choose(input, forward_ad._current_level >= 0 or transform_under_way())
-    if backend == "reference":
-        return lstm_layer
-    # torch.jit.trace compares its trace with one made without gradients, and wants the same.
-    if (torch.is_grad_enabled() or torch.jit.is_tracing()) and (
-        input.requires_grad
-        or any(weight.requires_grad for weight in weights)
-        or (h_0 is not None and h_0.requires_grad)
-        or (c_0 is not None and c_0.requires_grad)
-    ):
-        if _is_compiling() or torch.jit.is_tracing():
-            return OPERATORS[backend].lstm_forward
-        return RECORDED[backend]
-    return OPERATORS[backend].lstm_inference
-
-
 def _check_weight_shapes(
-    weights: Sequence[Tensor],
-    input_size: int,
-    hidden_size: int,
-    h_size: int,
-    num_layers: int,
-    directions: int,
+    weights: Sequence[Tensor], options: Options, h_size: int, directions: int
 ) -> None:
-    each = len(weights) // (num_layers * directions)
-    gates = 4 * hidden_size
-    shapes = [(gates, input_size), (gates, h_size), (gates,), (gates,)][: each // 2 * 2]
-    if each % 2:
-        shapes.append((h_size, hidden_size))
-    index = 0
-    for layer in range(num_layers):
-        if layer == 1:
-            shapes[0] = (gates, directions * h_size)
-        for direction in range(directions):
-            for shape in shapes:
-                if weights[index].shape != shape:
-                    kind = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: each // 2 * 2]
-                    name = (*kind, "weight_hr")[index % each]
-                    raise RuntimeError(
-                        f"{name}_l{layer}{'_reverse' * direction} must have the shape {shape}, "
-                        f"got {tuple(weights[index].shape)}"
-                    )
-                index += 1
+    gates, layers = 4 * options.hidden_size, options.num_layers
+    each = len(weights) // (layers * directions)
+    biased, projected = each // 2 * 2, each % 2
+    shapes = [(gates, options.input_size), (gates, h_size), (gates,), (gates,)][:biased]
+    if projected:
+        shapes.append((h_size, options.hidden_size))
+    if directions == 2:
+        shapes *= 2
+    if layers > 1:
+        above = [(gates, directions * h_size), *shapes[1:each]]
+        shapes += above * (directions * (layers - 1))
+    # All at once, for one by one takes as long again.
+    if [weight.shape for weight in weights] == shapes:
+        return
+    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[:biased]
+    kinds += ("weight_hr",) * projected
+    for index, (weight, shape) in enumerate(zip(weights, shapes, strict=True)):
+        if weight.shape != shape:
+            place, kind = divmod(index, len(kinds))
+            layer, direction = divmod(place, directions)
+            raise RuntimeError(
+                f"{kinds[kind]}_l{layer}{'_reverse' * direction} must have the shape {shape}, "
+                f"got {tuple(weight.shape)}"
+            )
+
+
+def _time_first(
+    input: Tensor, batch_sizes: Tensor | None, hx: States | None, options: Options
+) -> tuple[Tensor, int, int | None]:
+    """The input as (T, B, I) or packed rows, B, and the dimension that B was in."""
+    dim = input.dim()
+    batch_dim: int | None = 1
+    if batch_sizes is not None:
+        if dim != 2:
+            raise Refusal(f"packed rows have 2 dimensions, and these {dim}")
+        rows, features = input.shape
+        batch = _packed_batch(rows, batch_sizes, hx)
+    else:
+        if dim == 2:
+            input, batch_dim = input.unsqueeze(1), None
+        elif dim != 3:
+            raise Refusal(f"the input has {dim} dimensions, not 2 or 3")
+        elif options.batch_first:
+            input, batch_dim = input.transpose(0, 1), 0
+        steps, batch, features = input.shape
+        if steps == 0:
+            raise Refusal("the input has no steps")
+    if features != options.input_size:
+        raise Refusal(f"the input has {features} features, not {options.input_size}")
+    return input, batch, batch_dim
 
 
 def _states(
     hx: States, batched: bool, h_shape: tuple[int, ...], c_shape: tuple[int, ...]
-) -> States | None:
-    """h_0 and c_0 with a batch dimension, or None if they aren't two tensors of these shapes."""
+) -> States:
+    """h_0 and c_0 with a batch dimension."""
     if not isinstance(hx, (tuple, list)) or len(hx) != 2:
-        return None
+        raise Refusal("hx is not a pair (h_0, c_0)")
     h_0, c_0 = hx
     if not isinstance(h_0, Tensor) or not isinstance(c_0, Tensor):
-        return None
+        raise Refusal("h_0 and c_0 are not both tensors")
     if not batched:
         if h_0.dim() != 2 or c_0.dim() != 2:
-            return None
+            raise Refusal("h_0 and c_0 are not both of 2 dimensions, as the input is")
         h_0, c_0 = h_0.unsqueeze(1), c_0.unsqueeze(1)
-    return (h_0, c_0) if h_0.shape == h_shape and c_0.shape == c_shape else None
+    if h_0.shape != h_shape:
+        raise Refusal(f"h_0 is {tuple(h_0.shape)}, where (L*D, B, P) is {h_shape}")
+    if c_0.shape != c_shape:
+        raise Refusal(f"c_0 is {tuple(c_0.shape)}, where (L*D, B, H) is {c_shape}")
+    return h_0, c_0
 
 
-def _packed_batch(rows: int, batch_sizes: Tensor, hx: States | None) -> int | None:
-    """The number of sequences in a packed batch, or None if `batch_sizes` isn't right."""
+def _packed_batch(rows: int, batch_sizes: Tensor, hx: States | None) -> int:
+    """The number of sequences in a packed batch."""
     if not isinstance(batch_sizes, Tensor) or batch_sizes.dim() != 1:
-        return None
+        raise Refusal("batch_sizes is not a tensor of one dimension")
     if batch_sizes.dtype is not torch.int64 or not batch_sizes.is_cpu:
-        return None
+        raise Refusal("batch_sizes is not int64 on the CPU")
     if _is_compiling():  # the values are not known while tracing; the kernels check them again
         return hx[0].shape[-2] if hx is not None else int(batch_sizes[0])
     sizes = batch_sizes.tolist()
     if not sizes or sizes[-1] <= 0 or sum(sizes) != rows or sizes != sorted(sizes, reverse=True):
-        return None
+        raise Refusal(f"batch_sizes must be positive, never increase and sum to the {rows} rows")
     return sizes[0]
 
 
-def _autocast_dtypes(
-    input: Tensor,
-    hx: States | None,
-    weights: Sequence[Tensor],
-    each: int,
-    packed: tuple[bool, bool],
-    training: bool,
-) -> Dtypes | None:
-    """The dtypes that `torch.nn.LSTM` has under autocast; None where it refuses the call.
-
-    Args:
-        input, hx, weights: of the call.
-        each: the number of weights of one layer and direction.
-        packed: whether the input is, and whether its sequences are then all of one length.
-        training: the module's flag.
-    """
-    h_0, c_0 = hx or (input, input)
+def _autocast_dtypes(call: Call) -> Dtypes | None:
+    """The dtypes that `torch.nn.LSTM` has under autocast; None where it refuses the call."""
+    input, weights, device = call.input, call.weights, call.input.device
+    h_0, c_0 = call.hx or (input, input)
     found = {input.dtype, h_0.dtype, c_0.dtype, *(weight.dtype for weight in weights)}
     if not found <= KERNEL_DTYPES:
         return None
-    dtype = torch.get_autocast_dtype(input.device.type)
+    dtype = torch.get_autocast_dtype(device.type)
     if not input.is_cpu:
         if torch.float64 in found:  # which autocast leaves alone
             return (torch.float64,) * 4 if len(found) == 1 else None
         if dtype is torch.float16 or not input.is_cuda:
             return dtype, dtype, dtype, dtype
+    each = len(weights) // (call.options.num_layers * call.directions)
+    packed = equal = call.batch_sizes is not None
+    if call.batch_sizes is not None:
+        # Whether all are as long as each other is not known while tracing: taken for no.
+        rows = call.batch_sizes.shape[0] * call.batch
+        equal = not _is_compiling() and input.shape[0] == rows
     return dtypes_of_stock(
-        input.device.type,
-        input.device.index,
+        device.type,
+        device.index,
         dtype,
         input.dtype,
         h_0.dtype,
@@ -287,9 +334,10 @@ def _autocast_dtypes(
         tuple(weight.dtype for weight in weights[:each]),
         len(weights) > 2 * each,
         each >= 4,
-        *packed,
+        packed,
+        equal,
         each % 2 == 1,
         input.numel() == 0,
-        training,
+        call.options.training,
         torch.is_grad_enabled(),
     )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .functional import States, lstm
+from .functional import Call, Refusal, States, compute, prepare
 
 Kind = TypeVar("Kind", bound=nn.Module)
 _Torch: Any = nn.LSTM  # its methods, for a FusedLSTM to borrow
@@ -90,6 +90,26 @@ class FusedLSTM(nn.RNNBase):
     ) -> tuple[PackedSequence, States]: ...
 
     def forward(self, input: Any, hx: States | None = None) -> tuple[Any, States]:
+        packed = isinstance(input, PackedSequence)
+        data, batch_sizes, states = input, None, hx
+        if packed:
+            data, batch_sizes, sorted_indices, unsorted_indices = input
+            if hx is not None:
+                states = self.permute_hidden(hx, sorted_indices)
+        try:
+            call = self._prepare(data, batch_sizes, states)
+        except Refusal:
+            call = None
+        if call is None:  # out here, or its error would be shown as one on top of ours
+            return _Torch.forward(self, input, hx)
+        output, h_n, c_n = compute(call)
+        if packed:
+            rows = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+            return rows, self.permute_hidden((h_n, c_n), unsorted_indices)
+        return output, (h_n, c_n)
+
+    def _prepare(self, input: Tensor, batch_sizes: Tensor | None, hx: States | None) -> Call:
+        """`prepare` with what the module has."""
         # By name on every call: a parametrization, weight_norm, pruning, functional_call or an
         # assignment may have put another tensor there. The dict first: it is ten times as fast.
         parameters = self._parameters
@@ -99,38 +119,9 @@ class FusedLSTM(nn.RNNBase):
             if weight is None:
                 weight = getattr(self, name)
                 if weight is None:
-                    return _Torch.forward(self, input, hx)
+                    raise Refusal(f"{name} is None")
             weights.append(weight)
-
-        packed = isinstance(input, PackedSequence)
-        data, batch_sizes, states = input, None, hx
-        if packed:
-            data, batch_sizes, sorted_indices, unsorted_indices = input
-            if hx is not None:
-                states = self.permute_hidden(hx, sorted_indices)
-        result = lstm(
-            data,
-            batch_sizes,
-            states,
-            weights,
-            input_size=self.input_size,
-            hidden_size=self.hidden_size,
-            num_layers=self.num_layers,
-            bias=self.bias,
-            batch_first=self.batch_first,
-            dropout=self.dropout,
-            bidirectional=self.bidirectional,
-            proj_size=self.proj_size,
-            training=self.training,
-        )
-        if result is None:
-            # Not what nn.LSTM documents: it raises its own error, or does what it does.
-            return _Torch.forward(self, input, hx)
-        output, h_n, c_n = result
-        if packed:
-            rows = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-            return rows, self.permute_hidden((h_n, c_n), unsorted_indices)
-        return output, (h_n, c_n)
+        return prepare(input, batch_sizes, hx, weights, self)
 
     def __prepare_scriptable__(self) -> nn.LSTM:
         # TorchScript compiles nn.LSTM; it can't compile what this class does.

@@ -63,15 +63,19 @@ def test_automatic_choice_on_a_gpu_without_cuda_kernels(monkeypatch: pytest.Monk
 def test_automatic_choice_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tensors of GPUs that need not be there."""
     built = cuda.BUILT
+
+    def chosen(x: torch.Tensor, transform: str | None = None) -> str:
+        return choose(x, x.dtype, transform)
+
     with FakeTensorMode():
         of_cuda, of_xpu = (torch.empty(3, 2, 4, device=device) for device in ("cuda", "xpu"))
-        assert choose(X, False) == choose(torch.empty(3, 2, 4, device="meta"), False) == "cpu"
+        assert chosen(X) == chosen(torch.empty(3, 2, 4, device="meta")) == "cpu"
         monkeypatch.setattr(triton, "installed", lambda: (False, "made up"))
-        without = choose(of_cuda, False), choose(of_xpu, False)
+        without = chosen(of_cuda), chosen(of_xpu)
         monkeypatch.setattr(triton, "installed", lambda: (True, "made up"))
-        beside = choose(of_cuda, False), choose(of_xpu, False)
+        beside = chosen(of_cuda), chosen(of_xpu)
         monkeypatch.setattr(cuda, "BUILT", False)
-        alone = choose(of_cuda, False), choose(of_cuda, True)
+        alone = chosen(of_cuda), chosen(of_cuda, "torch.func")
     assert without == ("cuda" if built else "reference", "reference")
     assert beside == ("cuda" if built else "triton", "triton")
     assert alone == ("triton", "reference")
