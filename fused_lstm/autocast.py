@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 
-class Call(NamedTuple):
+class Question(NamedTuple):
     """Everything that the dtypes of nn.LSTM's results depend on, under autocast."""
 
     kind: str  # of the device
@@ -43,60 +43,60 @@ Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype]
 
 # Not traced: torch.compile takes the answer as it is, and guards on what it depends on.
 @torch.compiler.assume_constant_result
-def dtypes_of_stock(*call: Any) -> Dtypes | None:
-    """The dtypes that nn.LSTM has for a `Call` of these fields, the last but itself; None where it
+def dtypes_of_stock(*fields: Any) -> Dtypes | None:
+    """The dtypes that nn.LSTM has for a `Question` of these fields, but for its last; None where it
     refuses the call.
 
     Where oneDNN has no code for the autocast dtype on this processor, nn.LSTM fails with "could not
     create a primitive descriptor"; the dtypes are then those where it has: autocast's for all.
     """
-    on_cpu = call[0] == "cpu"
+    on_cpu = fields[0] == "cpu"
     enabled = torch._C._get_mkldnn_enabled if on_cpu else torch._C._get_cudnn_enabled
-    return _asked(Call._make((*call, enabled())))
+    return _asked(Question._make((*fields, enabled())))
 
 
 @lru_cache(maxsize=1024)
-def _asked(call: Call) -> Dtypes | None:
-    everything = {call.input, call.h_0, call.c_0, *call.weights}
+def _asked(question: Question) -> Dtypes | None:
+    everything = {question.input, question.h_0, question.c_0, *question.weights}
     # autocast leaves float64 alone
-    products = torch.float64 if everything == {torch.float64} else call.autocast
-    if call.kind == "cuda" and not torch.cuda.is_available():  # a FakeTensor's
+    products = torch.float64 if everything == {torch.float64} else question.autocast
+    if question.kind == "cuda" and not torch.cuda.is_available():  # a FakeTensor's
         return products, products, products, products
     # Neither fake tensors, nor a trace, nor a transform is to see this call.
     with (
         _disable_current_modes(),
         torch._C._DisableFuncTorch(),
-        torch.autocast(call.kind, call.autocast),
-        torch.set_grad_enabled(call.gradients),
+        torch.autocast(question.kind, question.autocast),
+        torch.set_grad_enabled(question.gradients),
     ):
         try:
-            found = _smallest(call)
+            found = _smallest(question)
         except RuntimeError as error:
             if "could not create a primitive" not in str(error):
                 return None
             return products, products, products, products
     output, h_n, c_n = (tensor.dtype for tensor in found)
-    return output if call.kind == "cuda" else products, output, h_n, c_n
+    return output if question.kind == "cuda" else products, output, h_n, c_n
 
 
-def _smallest(call: Call) -> tuple[Tensor, ...]:
+def _smallest(question: Question) -> tuple[Tensor, ...]:
     """What nn.LSTM returns for the smallest call of this kind; no random number is drawn."""
-    layers, H, P = 1 + call.several_layers, 2, 1 if call.projected else 2
-    B = 0 if call.empty else 1 if call.equal_lengths or not call.packed else 2
-    of_kind = "" if call.number is None else f":{call.number}"
-    device = torch.device(call.kind + of_kind)
+    layers, H, P = 1 + question.several_layers, 2, 1 if question.projected else 2
+    B = 0 if question.empty else 1 if question.equal_lengths or not question.packed else 2
+    of_kind = "" if question.number is None else f":{question.number}"
+    device = torch.device(question.kind + of_kind)
 
     def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
     weights: list[Tensor] = []
     for layer in range(layers):
-        shapes = [(4 * H, P if layer else 1), (4 * H, P), *[(4 * H,)] * 2 * call.bias]
-        shapes += [(P, H)] * call.projected
-        weights += map(zeros, shapes, call.weights)
-    states = [zeros((layers, B, P), call.h_0), zeros((layers, B, H), call.c_0)]
-    options = (call.bias, layers, 0.0, call.training, False)
-    if call.packed:
+        shapes = [(4 * H, P if layer else 1), (4 * H, P), *[(4 * H,)] * 2 * question.bias]
+        shapes += [(P, H)] * question.projected
+        weights += map(zeros, shapes, question.weights)
+    states = [zeros((layers, B, P), question.h_0), zeros((layers, B, H), question.c_0)]
+    options = (question.bias, layers, 0.0, question.training, False)
+    if question.packed:
         sizes = torch.tensor([B, 1])
-        return torch.lstm(zeros((B + 1, 1), call.input), sizes, states, weights, *options)
-    return torch.lstm(zeros((2, B, 1), call.input), states, weights, *options, False)
+        return torch.lstm(zeros((B + 1, 1), question.input), sizes, states, weights, *options)
+    return torch.lstm(zeros((2, B, 1), question.input), states, weights, *options, False)
