@@ -2,6 +2,7 @@
 
 from .backends import backend, backends
 from .convert import replace_lstm, restore_lstm
+from .explain import explain
 from .module import FusedLSTM
 
-__all__ = ["FusedLSTM", "backend", "backends", "replace_lstm", "restore_lstm"]
+__all__ = ["FusedLSTM", "backend", "backends", "explain", "replace_lstm", "restore_lstm"]

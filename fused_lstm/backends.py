@@ -84,6 +84,11 @@ class backend:
         _forced = self._before
 
 
+def forced() -> str | None:
+    """The backend that every call is to be served by."""
+    return _forced
+
+
 def choose(input: Tensor, dtype: torch.dtype, transform: str | None) -> str:
     """The name of the backend that serves a call: the forced one, or the first that can.
 
@@ -125,11 +130,14 @@ def refusal(name: str, input: Tensor, dtype: torch.dtype, transform: str | None)
 
 @dataclass(frozen=True)
 class Backend:
-    """One line of the table: `detail` is what it serves, or why it is not available."""
+    """One line of a table: `detail` is what it serves, or why it is not available."""
 
     name: str
     available: bool
     detail: str
+
+    def row(self) -> str:
+        return f"{self.name:<10} {'yes' if self.available else 'no':<10} {self.detail}"
 
 
 @dataclass(frozen=True)
@@ -150,9 +158,7 @@ class Backends:
         return iter(self.table)
 
     def __str__(self) -> str:
-        lines = ["backend    available  "]
-        for line in self.table:
-            lines.append(f"{line.name:<10} {'yes' if line.available else 'no':<10} {line.detail}")
+        lines = ["backend    available", *(line.row() for line in self.table)]
         lines.append(f"forced: {self.forced or 'none, chosen for each call'}")
         lines.append("")
         lines.append("CPU instruction sets built, slowest first")
@@ -167,7 +173,7 @@ class Backends:
         return "\n".join(line.rstrip() for line in lines)
 
 
-def _threads() -> str:
+def threads() -> str:
     """How many threads a large call on the CPU takes, and what limits them."""
     wanted, facts = torch.get_num_threads(), _C.processors()
     words = [f"torch has {wanted}", f"processors {facts['affinity']}"]
@@ -200,6 +206,6 @@ def backends() -> Backends:
         forced=_forced,
         instruction_sets=tuple(_C.cpu_isas()),
         instruction_set=_C.cpu_isa(),
-        threads=_threads(),
+        threads=threads(),
         build=dict(_C.build_info()),
     )

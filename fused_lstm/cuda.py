@@ -30,6 +30,11 @@ def available() -> tuple[bool, str]:
     return True, f"{built}; {torch.cuda.get_device_name(index)}: {_sizes(index)}"
 
 
+def tf32() -> bool:
+    """Whether torch's own flag for products lets float32 be multiplied as tf32."""
+    return not torch.version.hip and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def refusal(input: Tensor) -> str | None:
     """Why the kernels can't serve a call for where its tensor is; None where they can."""
     if not BUILT:

@@ -19,6 +19,7 @@ def test_public_names() -> None:
         "FusedLSTM",
         "backend",
         "backends",
+        "explain",
         "replace_lstm",
         "restore_lstm",
     }

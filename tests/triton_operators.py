@@ -25,8 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused_lstm.triton
-from fused_lstm import FusedLSTM, backend
+from fused_lstm import FusedLSTM, backend, explain
 from fused_lstm.ops import OPERATORS
+from fused_lstm.triton import layer
+from fused_lstm.triton.plan import describe, plan
 
 OURS = OPERATORS["triton"]
 
@@ -72,6 +74,29 @@ def test_parity(options: Options, dtype: torch.dtype) -> None:
     with Calls() as calls:
         check(options, dtype)
     assert set(calls.names) == set(names("forward", "backward"))
+
+
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"proj_size": 3}], ids=str)
+@pytest.mark.parametrize("H", [33, 65])
+@pytest.mark.parametrize("cast", [False, True], ids=["float32", "autocast"])
+def test_explain(
+    cast: bool, H: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It tells the plans that the call then makes."""
+    chosen = []
+
+    def recorded(*arguments: Any) -> Any:
+        chosen.append(describe(plan(*arguments)))
+        return plan(*arguments)
+
+    monkeypatch.setattr(layer, "plan", recorded)
+    lstm, x = FusedLSTM(4, H, **options), torch.randn(3, 2, 4)
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        told = explain(lstm, x)
+        output, _ = lstm(x)
+    output.sum().backward()
+    assert told.backend == "triton" and told["triton"].detail == "forced"
+    assert [told.forward, told.backward] == chosen
 
 
 def test_backward_stays_with_the_forward() -> None:

@@ -15,8 +15,7 @@ class Device(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """`kind` is "whole" (a program per tile and direction), "split" (hidden units over programs,
-    W_hh kept), "streamed" (the same, W_hh read anew each step) or "steps" (no kernel)."""
+    """`kind` is one of those below."""
 
     kind: str
     block_b: int = 0
@@ -28,6 +27,25 @@ class Plan(NamedTuple):
     stages: int = 2
     groups: int = 0
     shared_memory: int = 0  # reckoned, bytes
+
+
+_IN_WORDS = {
+    "whole": "a program for a tile of the batch and a direction",
+    "split": "hidden units over programs that meet at every step, W_hh kept in shared memory",
+    "streamed": "hidden units over programs that meet at every step, W_hh read anew each time",
+    "steps": "torch's operators, step by step",
+}
+
+
+def describe(chosen: Plan) -> str:
+    """A plan in words."""
+    words = f"{chosen.kind}: {_IN_WORDS[chosen.kind]}"
+    if chosen.kind == "steps":
+        return words
+    return (
+        f"{words}, tiles of {chosen.block_b} sequences and {chosen.block_h} units, "
+        f"{chosen.warps} warps, {chosen.shared_memory} bytes of shared memory"
+    )
 
 
 def compile_options(chosen: Plan, nvidia: bool) -> dict[str, int]:
