@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import cuda
 from .backward import backward_split, backward_whole
 from .forward import forward_split, forward_whole
 from .plan import Device, Plan, compile_options, plan
@@ -192,9 +193,7 @@ def _plan(backward: bool, call: Call) -> Plan:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    if dtype is not torch.float32 or torch.version.hip:
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if dtype is torch.float32 and cuda.tf32() else "ieee"
 
 
 def _packing(sizes: list[int], block_b: int, device: torch.device) -> tuple[Tensor, Tensor]:
