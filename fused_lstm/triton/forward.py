@@ -25,37 +25,39 @@ and h_n after any has ended.
 import triton
 import triton.language as tl
 
-from .cell import sigmoid, signal, tanh, wait
-
-# What changes from call to call must not make Triton compile anew.
-COUNTS = ("T", "B", "rows", "patience", "groups", "tiles")
-
-
-@triton.jit
-def _bias(bias_ih, bias_hh, at, mask):
-    return tl.load(bias_ih + at, mask, 0.0).to(tl.float32) + tl.load(bias_hh + at, mask, 0.0).to(
-        tl.float32
-    )
-
-
-@triton.jit
-def step_rows(steps, t, B, PACKED: tl.constexpr):
-    """The first row and the number of rows of step t."""
-    if PACKED:
-        return tl.load(steps + 2 * t).to(tl.int64), tl.load(steps + 2 * t + 1)
-    else:
-        return t.to(tl.int64) * B, B
+from .cell import (
+    COUNTS,
+    cell,
+    inside,
+    load_gates,
+    matrix,
+    resident_product,
+    resident_weight,
+    rows_of_turn,
+    signal,
+    store_gates,
+    streamed_product,
+    wait,
+)
 
 
 @triton.jit
-def parts(x, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The columns of x (BLOCK_B, SPLIT * BLOCK_K) in parts: (SPLIT, BLOCK_B, BLOCK_K).
+def _biases(bias_ih, bias_hh, u, H: tl.constexpr):
+    """b_ih + b_hh of each gate, (1, units), float32."""
+    ih = load_gates(bias_ih + u, u < H, H)
+    hh = load_gates(bias_hh + u, u < H, H)
+    return [(ih[gate].to(tl.float32) + hh[gate].to(tl.float32))[None, :] for gate in (0, 1, 2, 3)]
 
-    Loaded as a matrix and taken apart afterwards, because Triton 3.7 to 3.9 lay out a load of three
-    dimensions for a shared memory that is swizzled across parts: 80 to 125 more registers with
-    Triton 3.7, and spills.
-    """
-    return tl.permute(tl.reshape(x, (x.shape[0], SPLIT, BLOCK_K)), (1, 0, 2))
+
+@triton.jit
+def _by_gate(sums):
+    """The columns of sums (BLOCK_B, 4 BLOCK_H), unit after unit with the four gates of each, by the
+    two bits of the gate's number."""
+    sums = tl.reshape(sums, (sums.shape[0], sums.shape[1] // 4, 2, 2))
+    ig, fo = tl.split(sums)
+    i, g = tl.split(ig)
+    f, o = tl.split(fo)
+    return i, f, g, o
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -88,97 +90,47 @@ def forward_whole(
     PRECISION: tl.constexpr,
 ):
     """W_hh and the states stay in one program, of grid (tiles of the batch, D)."""
-    dtype: tl.constexpr = output.dtype.element_ty
     tile = tl.program_id(0)
     d = tl.program_id(1)
-    weight = weight_hh_0
-    bias_ih = bias_ih_0
-    bias_hh = bias_hh_0
-    if d == 1:
-        weight = weight_hh_1
-        bias_ih = bias_ih_1
-        bias_hh = bias_hh_1
     b = tile * BLOCK_B + tl.arange(0, BLOCK_B)
     u = tl.arange(0, BLOCK_H)
-    unit = u < H
     # (K, N) of each gate: w[k, n] = W_hh[gate * H + n, k]
-    at_w = u[None, :] * H + u[:, None]
-    mask_w = unit[None, :] & unit[:, None]
-    w_i = tl.load(weight + at_w, mask_w, 0.0)
-    w_f = tl.load(weight + H * H + at_w, mask_w, 0.0)
-    w_g = tl.load(weight + 2 * H * H + at_w, mask_w, 0.0)
-    w_o = tl.load(weight + 3 * H * H + at_w, mask_w, 0.0)
-
-    at_state = (d * B + b)[:, None] * H + u[None, :]
-    mask_state = (b < B)[:, None] & unit[None, :]
+    at_w = tl.where(d == 1, weight_hh_1, weight_hh_0) + (u[None, :] * H + u[:, None])
+    w = load_gates(at_w, (u < H)[None, :] & (u < H)[:, None], H * H)
+    bias_ih = tl.where(d == 1, bias_ih_1, bias_ih_0)
+    bias_hh = tl.where(d == 1, bias_hh_1, bias_hh_0)
+    bias = _biases(bias_ih, bias_hh, u, H) if BIAS else None
+    at_state = matrix(d * B + b, u, H)
+    mask_state = inside(b, B, u, H)
     h = tl.load(h_0 + at_state, mask_state, 0.0)
     c = tl.load(c_0 + at_state, mask_state, 0.0).to(tl.float32)
-    if BIAS:
-        b_i = _bias(bias_ih, bias_hh, u, unit)[None, :]
-        b_f = _bias(bias_ih, bias_hh, H + u, unit)[None, :]
-        b_g = _bias(bias_ih, bias_hh, 2 * H + u, unit)[None, :]
-        b_o = _bias(bias_ih, bias_hh, 3 * H + u, unit)[None, :]
-
-    length = T
-    if PACKED:
-        length = tl.load(lengths + tile)
     gates += d.to(tl.int64) * rows * 4 * H
     cells += d.to(tl.int64) * rows * H
-    output += d * H
 
     # The x-products of a step are loaded one step ahead.
-    t = d * (length - 1)
-    row, count = step_rows(steps, t, B, PACKED)
-    at = gates + row * 4 * H + (b[:, None] * 4 * H + u[None, :])
-    mask = (b < count)[:, None] & unit[None, :]
-    x_i = tl.load(at, mask, 0.0)
-    x_f = tl.load(at + H, mask, 0.0)
-    x_g = tl.load(at + 2 * H, mask, 0.0)
-    x_o = tl.load(at + 3 * H, mask, 0.0)
+    length = tl.load(lengths + tile) if PACKED else T
+    row, count = rows_of_turn(steps, 0, length, d, B, PACKED)
+    at = gates + row * 4 * H + matrix(b, u, 4 * H)
+    mask = inside(b, count, u, H)
+    x = load_gates(at, mask, H)
     for s in range(length):
-        t_ahead = tl.minimum(s + 1, length - 1)
-        t_ahead = t_ahead + d * (length - 1 - 2 * t_ahead)
-        row_ahead, count_ahead = step_rows(steps, t_ahead, B, PACKED)
-        count_ahead = tl.where(s + 1 < length, count_ahead, 0)
-        at_ahead = gates + row_ahead * 4 * H + (b[:, None] * 4 * H + u[None, :])
-        mask_ahead = (b < count_ahead)[:, None] & unit[None, :]
-        ahead_i = tl.load(at_ahead, mask_ahead, 0.0)
-        ahead_f = tl.load(at_ahead + H, mask_ahead, 0.0)
-        ahead_g = tl.load(at_ahead + 2 * H, mask_ahead, 0.0)
-        ahead_o = tl.load(at_ahead + 3 * H, mask_ahead, 0.0)
+        row_ahead, count_ahead = rows_of_turn(steps, s + 1, length, d, B, PACKED)
+        at_ahead = gates + row_ahead * 4 * H + matrix(b, u, 4 * H)
+        mask_ahead = inside(b, count_ahead, u, H)
+        x_ahead = load_gates(at_ahead, mask_ahead, H)
 
-        i = tl.dot(h, w_i, input_precision=PRECISION) + x_i.to(tl.float32)
-        f = tl.dot(h, w_f, input_precision=PRECISION) + x_f.to(tl.float32)
-        g = tl.dot(h, w_g, input_precision=PRECISION) + x_g.to(tl.float32)
-        o = tl.dot(h, w_o, input_precision=PRECISION) + x_o.to(tl.float32)
-        if BIAS:
-            i += b_i
-            f += b_f
-            g += b_g
-            o += b_o
-        i = sigmoid(i)
-        f = sigmoid(f)
-        g = tanh(g)
-        o = sigmoid(o)
-        c_t = f * c + i * g
-        h_t = (o * tanh(c_t)).to(dtype)
-        tl.store(output + row * D * H + (b[:, None] * D * H + u[None, :]), h_t, mask)
+        sums = [tl.dot(h, w_k, input_precision=PRECISION) for w_k in w]
+        activated, c_t, h_t = cell(sums, x, bias, c)
+        h_t = h_t.to(h.dtype)
+        tl.store(output + row * D * H + d * H + matrix(b, u, D * H), h_t, mask)
         if SAVE:
-            tl.store(cells + row * H + (b[:, None] * H + u[None, :]), c_t.to(dtype), mask)
-            tl.store(at, i.to(dtype), mask)
-            tl.store(at + H, f.to(dtype), mask)
-            tl.store(at + 2 * H, g.to(dtype), mask)
-            tl.store(at + 3 * H, o.to(dtype), mask)
-        if PACKED:
-            c = tl.where(mask, c_t, c)
-            h = tl.where(mask, h_t, h)
-        else:
-            c = c_t
-            h = h_t
-        row, mask, at = row_ahead, mask_ahead, at_ahead
-        x_i, x_f, x_g, x_o = ahead_i, ahead_f, ahead_g, ahead_o
+            tl.store(cells + row * H + matrix(b, u, H), c_t, mask)
+            store_gates(at, activated, mask, H)
+        c = tl.where(mask, c_t, c) if PACKED else c_t
+        h = tl.where(mask, h_t, h) if PACKED else h_t
+        row, at, mask, x = row_ahead, at_ahead, mask_ahead, x_ahead
     tl.store(h_n + at_state, h, mask_state)
-    tl.store(c_n + at_state, c.to(dtype), mask_state)
+    tl.store(c_n + at_state, c, mask_state)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -232,68 +184,43 @@ def forward_split(
                    products, which Triton gives a warp each; without it 1
         AHEAD      of the parts of h, how many are loaded ahead of the product
     """
-    dtype: tl.constexpr = output.dtype.element_ty
     SLICES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    CHUNK: tl.constexpr = SPLIT * BLOCK_K
-    CHUNKS: tl.constexpr = (H + CHUNK - 1) // CHUNK
-    EVEN: tl.constexpr = H % CHUNK == 0
     slice = tl.program_id(0) % SLICES
-    b_tile = tl.arange(0, BLOCK_B)
     u = slice * BLOCK_H + tl.arange(0, BLOCK_H)
-    unit = u < H
     # Columns of the product: unit after unit, the four gates of each.
     n = tl.arange(0, 4 * BLOCK_H)
     n_unit = slice * BLOCK_H + n // 4
-    n_row = (n % 4) * H + n_unit
-    k = tl.arange(0, CHUNK)
-    n_w = n_row[None, :]
-    unit_w = (n_unit < H)[None, :]
+    n_w = ((n % 4) * H + n_unit)[None, :]
+    mask_w = (n_unit < H)[None, :]
+    k = tl.arange(0, SPLIT * BLOCK_K)
 
     for item in range(tl.program_id(0) // SLICES, D * tiles, groups):
         d = item % D
         tile = item // D
-        weight = weight_hh_0
-        bias_ih = bias_ih_0
-        bias_hh = bias_hh_0
-        if d == 1:
-            weight = weight_hh_1
-            bias_ih = bias_ih_1
-            bias_hh = bias_hh_1
+        b = tile * BLOCK_B + tl.arange(0, BLOCK_B)
+        at_w = tl.where(d == 1, weight_hh_1, weight_hh_0) + (n_w * H + k[:, None])
         if RESIDENT:
-            w = ()
-            for chunk in tl.static_range(CHUNKS):
-                k_w = chunk * CHUNK + k[:, None]
-                w_k = tl.load(weight + (n_w * H + k_w), unit_w & (k_w < H), 0.0)
-                w = w + (tl.reshape(w_k, (SPLIT, BLOCK_K, 4 * BLOCK_H)),)
-        if BIAS:
-            b_i = _bias(bias_ih, bias_hh, u, unit)[None, :]
-            b_f = _bias(bias_ih, bias_hh, H + u, unit)[None, :]
-            b_g = _bias(bias_ih, bias_hh, 2 * H + u, unit)[None, :]
-            b_o = _bias(bias_ih, bias_hh, 3 * H + u, unit)[None, :]
-        b = tile * BLOCK_B + b_tile
-        at_state = (d * B + b)[:, None] * H + u[None, :]
-        mask_state = (b < B)[:, None] & unit[None, :]
-        c = tl.load(c_0 + at_state, mask_state, 0.0).to(tl.float32)
+            w = resident_weight(at_w, mask_w, k[:, None], 1, H, SPLIT, BLOCK_K)
+        bias_ih = tl.where(d == 1, bias_ih_1, bias_ih_0)
+        bias_hh = tl.where(d == 1, bias_hh_1, bias_hh_0)
+        bias = _biases(bias_ih, bias_hh, u, H) if BIAS else None
+        at_state = matrix(d * B + b, u, H)
+        mask_state = inside(b, B, u, H)
         h = tl.load(h_0 + at_state, mask_state, 0.0)  # of its units, for h_n
+        c = tl.load(c_0 + at_state, mask_state, 0.0).to(tl.float32)
         gates_d = gates + d.to(tl.int64) * rows * 4 * H
         cells_d = cells + d.to(tl.int64) * rows * H
         counter = counters + item * 32
 
-        length = T
-        if PACKED:
-            length = tl.load(lengths + tile)
+        length = tl.load(lengths + tile) if PACKED else T
         row_before = tl.zeros((), tl.int64)
         count_before = 0
         for s in range(length):
-            t = s + d * (length - 1 - 2 * s)
-            row, count = step_rows(steps, t, B, PACKED)
-            mask = (b < count)[:, None] & unit[None, :]
-            at = gates_d + row * 4 * H + (b[:, None] * 4 * H + u[None, :])
+            row, count = rows_of_turn(steps, s, length, d, B, PACKED)
+            at = gates_d + row * 4 * H + matrix(b, u, 4 * H)
+            mask = inside(b, count, u, H)
             # On their way while this program waits for the others.
-            i = tl.load(at, mask, 0.0)
-            f = tl.load(at + H, mask, 0.0)
-            g = tl.load(at + 2 * H, mask, 0.0)
-            o = tl.load(at + 3 * H, mask, 0.0)
+            x = load_gates(at, mask, H)
             if s > 0:
                 patience = wait(counter, s * SLICES, patience)
 
@@ -306,62 +233,21 @@ def forward_split(
             at_h = at_h[:, None] + k[None, :]
             mask_h = (b < count)[:, None]
             if RESIDENT:
-                sums = tl.zeros((SPLIT, BLOCK_B, 4 * BLOCK_H), tl.float32)
-                h_k = ()
-                for chunk in tl.static_range(CHUNKS):
-                    for ahead in tl.static_range(len(h_k), min(chunk + 1 + AHEAD, CHUNKS)):
-                        at_k = at_h + ahead * CHUNK
-                        mask_k = mask_h & (EVEN | (ahead * CHUNK + k < H)[None, :])
-                        # .cg: from the second cache, which all programs share
-                        part = tl.load(at_k, mask_k, 0.0, cache_modifier=".cg")
-                        h_k = h_k + (parts(part, SPLIT, BLOCK_K),)
-                    sums = tl.dot(h_k[chunk], w[chunk], sums, input_precision=PRECISION)
+                sums = resident_product(at_h, mask_h, k[None, :], w, H, AHEAD, PRECISION)
             else:
-                sums = tl.zeros((BLOCK_B, 4 * BLOCK_H), tl.float32)
-                for first_k in range(0, H, CHUNK):
-                    k_w = first_k + k[:, None]
-                    mask_k = mask_h & (first_k + k < H)[None, :]
-                    x = tl.load(at_h + first_k, mask_k, 0.0, cache_modifier=".cg")
-                    y = tl.load(weight + (n_w * H + k_w), unit_w & (k_w < H), 0.0)
-                    sums = tl.dot(x, y, sums, input_precision=PRECISION)
-            if RESIDENT:
-                sums = tl.sum(sums, 0)
-            # (BLOCK_B, 4 BLOCK_H) into its four gates, by the two bits of the gate's number. In the
-            # layout of a sum of products every warp has all of it. Neighbouring columns are other
-            # threads', so that this split makes Triton spread the rest of the step over the warps.
-            sums_ig, sums_fo = tl.split(tl.reshape(sums, (BLOCK_B, BLOCK_H, 2, 2)))
-            sums_i, sums_g = tl.split(sums_ig)
-            sums_f, sums_o = tl.split(sums_fo)
-            i = sums_i + i.to(tl.float32)
-            f = sums_f + f.to(tl.float32)
-            g = sums_g + g.to(tl.float32)
-            o = sums_o + o.to(tl.float32)
-            if BIAS:
-                i += b_i
-                f += b_f
-                g += b_g
-                o += b_o
-            i = sigmoid(i)
-            f = sigmoid(f)
-            g = tanh(g)
-            o = sigmoid(o)
-            c_t = f * c + i * g
-            h_t = o * tanh(c_t)
-            h_t = tl.where(patience > 0, h_t, float("nan")).to(dtype)
-            tl.store(output + row * D * H + d * H + (b[:, None] * D * H + u[None, :]), h_t, mask)
+                sums = streamed_product(at_h, mask_h, at_w, mask_w, 1, H, PRECISION)
+            activated, c_t, h_t = cell(_by_gate(sums), x, bias, c)
+            h_t = tl.where(patience > 0, h_t, float("nan")).to(h.dtype)
+            tl.store(output + row * D * H + d * H + matrix(b, u, D * H), h_t, mask)
             signal(counter)
             # What only this program and later kernels read is stored after the signal.
             if SAVE:
-                tl.store(cells_d + row * H + (b[:, None] * H + u[None, :]), c_t.to(dtype), mask)
-                tl.store(at, i.to(dtype), mask)
-                tl.store(at + H, f.to(dtype), mask)
-                tl.store(at + 2 * H, g.to(dtype), mask)
-                tl.store(at + 3 * H, o.to(dtype), mask)
+                tl.store(cells_d + row * H + matrix(b, u, H), c_t, mask)
+                store_gates(at, activated, mask, H)
             c = tl.where(mask, c_t, c)
             h = tl.where(mask, h_t, h)
-            row_before = row
-            count_before = count
+            row_before, count_before = row, count
         tl.store(h_n + at_state, h, mask_state)
-        tl.store(c_n + at_state, c.to(dtype), mask_state)
+        tl.store(c_n + at_state, c, mask_state)
     if patience == 0:
         tl.store(status, 1)
