@@ -13,15 +13,12 @@
 // phase of a step, and a second phase makes h_t of it.
 #pragma once
 
-#include "activations.h"
+#include "cell.h"
 #include "dense.h"
 #include "team.h"
 
 namespace fused_lstm::cpu::FUSED_LSTM_ISA {
 
-// Rows of a whole call up to which packing the weights may cost more than it saves; where K is
-// short, as many as it has vectors, for a sum across lanes takes as long as some steps of K.
-constexpr int64_t kDenseRows = 64;
 // Bytes of W_ih above which it is worth reading it less often than at every step.
 constexpr int64_t kFarBytes = 8 * kCacheBytes;
 constexpr int64_t kFarRows = 128;  // of x taken together then
@@ -56,6 +53,7 @@ struct ForwardPass {
   int64_t blocks, x_padded, h_padded, m_padded, x_stride, h_stride, m_stride, c_stride;
   int64_t chunk_rows, chunk_steps;
   bool copy_input, dense, ahead;  // ahead: x W_ih^T of a chunk before its first step
+  bool at_once;                   // one dense step: x and h in one sum
   bool far;                       // W_hh is beyond the second-level cache
   Direction direction[2];
   A* inputs_ahead;  // (directions at once, row groups, blocks, chunk_rows, 4V): x W_ih^T + b
@@ -80,15 +78,16 @@ struct ForwardPass {
     projection = ColumnBlocks(seq.projected ? seq.P : 0, V, team.unit_groups);
     const int64_t rows = (seq.B + team.row_groups - 1) / team.row_groups;
     const int64_t all_rows = seq.T * seq.B;
-    dense = all_rows <= kDenseRows && all_rows * AlongK<T, Elem>::kStep <= seq.I + seq.P;
+    dense = worth_dense<T, Elem>(all_rows, seq.I + seq.P);
     chunk_steps = dense ? seq.T : rows < P::max_rows(4) ? kMaxRows / rows : 1;
     if (4 * seq.H * x_padded * int64_t(sizeof(Elem)) > kFarBytes && 2 * rows <= kFarRows)
       chunk_steps = kFarRows / rows;
     if (chunk_steps > seq.T) chunk_steps = seq.T;
     chunk_rows = rows * chunk_steps;
-    ahead = dense || chunk_steps > 1;
+    at_once = dense && seq.T == 1;
+    ahead = (dense && !at_once) || chunk_steps > 1;
     far = !dense && 4 * seq.H * h_padded * int64_t(sizeof(Elem)) > kNearBytes * team.unit_groups;
-    copy_input = ahead || !kSameType || x_padded != seq.I;
+    copy_input = dense || ahead || !kSameType || x_padded != seq.I;
   }
 
   int64_t lay_out(void* workspace) {
@@ -226,7 +225,7 @@ struct ForwardPass {
         const A* inputs = own.inputs;
         if (ahead) {
           inputs = inputs_of_all + (block * chunk_rows + inputs_at) * kWidth;
-        } else if (!active.empty()) {
+        } else if (!at_once && !active.empty()) {
           const Elem* x =
               copy_input ? own.x : reinterpret_cast<const Elem*>(input_row(a, t, active.begin));
           input_product(d, block, x, copy_input ? x_stride : a.input_stride_b, count_of(active),
@@ -289,11 +288,19 @@ struct ForwardPass {
                     {operand, stride, P::kStepK, panels + block * kWidth * padded,
                      padded / P::kStepK, init, init_stride, out, to_fetch});
     }
+    dense_product<T, Elem>(rows, {lanes_at<A>(block * V, seq.H),
+                                  init,
+                                  init_stride,
+                                  out,
+                                  1,
+                                  {dense_part(d, block, operand, stride, hidden)}});
+  }
+
+  DensePart<T, Elem> dense_part(int d, int64_t block, const Elem* operand, int64_t stride,
+                                bool hidden) const {
     const T* weights = static_cast<const T*>(hidden ? args[d].weight_hh : args[d].weight_ih);
-    const int64_t u = block * V;
-    for (int gate = 0; gate < 4; ++gate)
-      dense_product<T, Elem>(rows, {weights + (gate * seq.H + u) * K, K, K, lanes_at<A>(u, seq.H),
-                                    operand, stride, init + gate * V, init_stride, out + gate * V});
+    const int64_t K = hidden ? seq.P : seq.I;
+    return {weights + block * V * K, K, seq.H * K, K, operand, stride};
   }
 
   void hidden_step(int d, int64_t block, int64_t following, int64_t s, int64_t t,
@@ -308,8 +315,20 @@ struct ForwardPass {
                          kWidth * h_padded * int64_t(sizeof(Elem)));
     for (int64_t r = active.begin, m; r < active.end; r += m) {
       m = P::next_rows(active.end - r, 4);
-      product(d, block, int(m), h + r * h_stride, h_stride, inputs + (r - active.begin) * kWidth,
-              kWidth, sums, true, next_panel.part(h_padded / P::kStepK));
+      if (at_once) {
+        const int64_t row = r - active.begin;
+        dense_product<T, Elem>(int(m),
+                               {lanes,
+                                dir.bias + block * kWidth,
+                                0,
+                                sums,
+                                2,
+                                {dense_part(d, block, own.x + row * x_stride, x_stride, false),
+                                 dense_part(d, block, h + r * h_stride, h_stride, true)}});
+      } else {
+        product(d, block, int(m), h + r * h_stride, h_stride, inputs + (r - active.begin) * kWidth,
+                kWidth, sums, true, next_panel.part(h_padded / P::kStepK));
+      }
       if (lanes == V) {
         cells<true>(a, dir, s, first, r, int(m), next, u, lanes, sums);
       } else {
@@ -318,39 +337,24 @@ struct ForwardPass {
     }
   }
 
-  // Gates, cells and hidden states of rows b to b + rows, units u to u + lanes. Two rounds, so that
-  // tanh(c) need not wait for the gates of its own row.
+  // Gates, cells and hidden states of rows b to b + rows, units u to u + lanes.
   template <bool whole>
   void cells(const Forward& a, const Direction& dir, int64_t s, int64_t first, int64_t b, int rows,
              int64_t next, int64_t u, int lanes, A* sums) const {
-    for (int r = 0; r < rows; ++r) {
-      A* row = sums + r * kWidth;
-      Vec<A> gate[4] = {load(row), load(row + V), load(row + 2 * V), load(row + 3 * V)};
-      activate_gates<A>(gate);
-      A* state = dir.c + (b + r) * c_stride + u;
-      const Vec<A> c = gate[1] * load(state) + gate[0] * gate[2];
-      store(state, c);
-      store(row, gate[3]);
-      if (a.gates) {
-        T* gates = static_cast<T*>(a.gates) + (first + b + r) * 4 * seq.H + u;
-        for (int g = 0; g < 4; ++g) store_lanes<whole>(gates + g * seq.H, gate[g], lanes);
-        store_lanes<whole>(static_cast<T*>(a.cells) + (first + b + r) * seq.H + u, c, lanes);
+    const auto save = [&](int r, const Vec<A>* gate, Vec<A> c) __attribute__((always_inline)) {
+      if (!a.gates) return;
+      T* gates = static_cast<T*>(a.gates) + (first + b + r) * 4 * seq.H + u;
+      for (int g = 0; g < 4; ++g) store_lanes<whole>(gates + g * seq.H, gate[g], lanes);
+      store_lanes<whole>(static_cast<T*>(a.cells) + (first + b + r) * seq.H + u, c, lanes);
+    };
+    const auto emit_row = [&](int r, Vec<A> hidden) __attribute__((always_inline)) {
+      if (seq.projected) {
+        store_operand<T, whole>(dir.unprojected + (b + r) * m_stride + u, hidden, lanes);
+      } else {
+        emit<whole>(a, dir, s, first, b + r, next, u, lanes, hidden);
       }
-    }
-    for (int r = 0; r < rows; r += 2) {
-      const int pair[2] = {r, r + 1 < rows ? r + 1 : r};  // an odd last row is taken twice
-      Vec<A> c[2] = {load(dir.c + (b + pair[0]) * c_stride + u),
-                     load(dir.c + (b + pair[1]) * c_stride + u)};
-      tanh_each<A, 2>(c);
-      for (int i = 0; i < 2; ++i) {
-        const Vec<A> hidden = load(sums + pair[i] * kWidth) * c[i];
-        if (seq.projected) {
-          store_operand<whole>(dir.unprojected + (b + pair[i]) * m_stride + u, hidden, lanes);
-        } else {
-          emit<whole>(a, dir, s, first, b + pair[i], next, u, lanes, hidden);
-        }
-      }
-    }
+    };
+    update_cells(rows, sums, dir.c + b * c_stride + u, c_stride, save, emit_row);
   }
 
   // h_t, where the caller, the next step and, after a sequence's last step, h_n want it.
@@ -358,20 +362,8 @@ struct ForwardPass {
   void emit(const Forward& a, const Direction& dir, int64_t s, int64_t first, int64_t b,
             int64_t next, int64_t u, int lanes, Vec<A> h) const {
     store_lanes<whole>(static_cast<T*>(a.output) + (first + b) * a.output_stride + u, h, lanes);
-    store_operand<whole>(dir.h[(s + 1) % 2] + b * h_stride + u, h, lanes);
+    store_operand<T, whole>(dir.h[(s + 1) % 2] + b * h_stride + u, h, lanes);
     if (b >= next) store_lanes<whole>(static_cast<T*>(a.h_n) + b * seq.P + u, h, lanes);
-  }
-
-  // In the product's type, but rounded to the compute dtype first: the next step sees what the
-  // caller sees.
-  template <bool whole>
-  static void store_operand(Elem* to, Vec<A> value, int lanes) {
-    if constexpr (!kSameType) {
-      T rounded[V];
-      store(rounded, value);
-      value = load(rounded);
-    }
-    store_lanes<whole>(to, value, lanes);
   }
 
   void projection_step(int d, int64_t block, int64_t s, int64_t t, const Range& active,

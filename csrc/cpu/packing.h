@@ -46,7 +46,7 @@ FUSED_LSTM_INLINE void interleave(const T* rows, int64_t stride, int there, int6
 // number or a pair of 16-bit numbers.
 template <class P, class T, class Column>
 static void pack_dense_k(const T* weights, int64_t stride, int64_t K, int width, Column column,
-                         typename P::Elem* panel) {
+                         typename P::Panel* panel) {
   using A = typename P::A;
   constexpr int S = P::kStepK, V = kLanes<A>;
   const int64_t steps = round_up(K, P::kPadK) / S;
@@ -68,8 +68,14 @@ static void pack_dense_k(const T* weights, int64_t stride, int64_t K, int width,
         }
       }
       transpose<A>(v);
-      for (int64_t i = 0; i < V && k + i < steps; ++i)
-        memcpy(panel + ((k + i) * width + n) * S, &v[i], sizeof(v[i]));
+      for (int64_t i = 0; i < V && k + i < steps; ++i) {
+        typename P::Panel* to = panel + ((k + i) * width + n) * S;
+        if constexpr (S == 1) {
+          store(to, v[i]);
+        } else {
+          memcpy(to, &v[i], sizeof(v[i]));
+        }
+      }
     }
 }
 

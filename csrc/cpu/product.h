@@ -32,24 +32,30 @@ inline constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
+// How rows of an operand (Elem) meet columns of a panel (Panel) in a step of K, which is kStepK
+// elements of each.
 template <class Elem_, class Acc_>
 struct Multiply {
   using Elem = Elem_;
+  using Panel = Elem_;
   using Acc = Acc_;
   static constexpr int kStepK = 1, kPadK = 1;
+  static constexpr int64_t kSteps = kStretch;  // of a stretch
   using Column = Vec<Acc>;
   using Row = Vec<Acc>;
   FUSED_LSTM_INLINE Column column(const Elem* p) { return load(p); }
   FUSED_LSTM_INLINE Row row(const Elem* p) { return splat<Acc>(*p); }
-  FUSED_LSTM_INLINE Vec<Acc> add(Vec<Acc> sum, Row a, Column b) { return a * b + sum; }
+  FUSED_LSTM_INLINE Vec<Acc> add(Vec<Acc> sum, Row a, Column b) { return multiply_add(a, b, sum); }
 };
 
 #ifdef FUSED_LSTM_DOT_BF16
 // bfloat16 pairs along K, summed in float by vdpbf16ps.
 struct MultiplyPairs {
   using Elem = BFloat16;
+  using Panel = BFloat16;
   using Acc = float;
   static constexpr int kStepK = 2, kPadK = 2;
+  static constexpr int64_t kSteps = kStretch;
   using Column = __m512bh;
   using Row = __m512bh;
   FUSED_LSTM_INLINE Column column(const Elem* p) { return load_raw<__m512bh>(p); }
@@ -80,17 +86,20 @@ template <class A>
 constexpr int kTileWidth = kMaxVectors * kLanes<A>;
 
 // What a tile is computed from; K in steps of kStepK, the padding included.
-template <class Elem, class A>
+template <class Elem, class A, class Panel = Elem>
 struct Tile {
   const Elem* operand;
   int64_t stride, step;
-  const Elem* panel;
+  const Panel* panel;
   int64_t steps;
   const A* init;
   int64_t init_stride;
   A* out;
   const void* ahead = nullptr;  // of it a line is fetched at each step of K, if four vectors wide
 };
+
+template <class Dot>
+using TileOf = Tile<typename Dot::Elem, typename Dot::Acc, typename Dot::Panel>;
 
 template <int NV>
 constexpr int kRowsFor = kRegisters == 32 ? (NV == 4   ? 6
@@ -101,20 +110,20 @@ constexpr int kRowsFor = kRegisters == 32 ? (NV == 4   ? 6
                                                        : 6);
 
 template <class Dot, int MR, int NV, bool fetch>
-static __attribute__((noinline)) void vector_tile(
-    const Tile<typename Dot::Elem, typename Dot::Acc>& tile) {
+static __attribute__((noinline)) void vector_tile(const TileOf<Dot>& tile) {
   using Elem = typename Dot::Elem;
+  using Panel = typename Dot::Panel;
   using A = typename Dot::Acc;
   constexpr int V = kLanes<A>;
   const Elem* operand = tile.operand;
-  const Elem* panel = tile.panel;
+  const Panel* panel = tile.panel;
   const int64_t stride = tile.stride, step = tile.step;
   const A* before = tile.init;
   int64_t before_stride = tile.init_stride, left = tile.steps;
   const char* ahead = static_cast<const char*>(tile.ahead);
   do {
     Vec<A> sum[MR][NV] = {};
-    for (int64_t k = left < kStretch ? left : kStretch; k > 0; --k) {
+    for (int64_t k = left < Dot::kSteps ? left : Dot::kSteps; k > 0; --k) {
       typename Dot::Column b[NV];
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) b[v] = Dot::column(panel + v * V * Dot::kStepK);
@@ -131,7 +140,7 @@ static __attribute__((noinline)) void vector_tile(
       operand += step;
       panel += NV * V * Dot::kStepK;
     }
-    left -= kStretch;
+    left -= Dot::kSteps;
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
@@ -144,8 +153,7 @@ static __attribute__((noinline)) void vector_tile(
 }
 
 template <class Dot, int NV, int MR = kRowsFor<NV>>
-FUSED_LSTM_INLINE void vector_rows(int rows,
-                                   const Tile<typename Dot::Elem, typename Dot::Acc>& tile) {
+FUSED_LSTM_INLINE void vector_rows(int rows, const TileOf<Dot>& tile) {
   if (rows == MR) {
     // A version of its own: two instructions a step of K cost 2 to 5 % where nothing is to fetch.
     if (NV == kMaxVectors && tile.ahead) return vector_tile<Dot, MR, NV, NV == kMaxVectors>(tile);
@@ -158,6 +166,7 @@ FUSED_LSTM_INLINE void vector_rows(int rows,
 // can be, for a last tile of one or two rows waits for its panel, 256 bytes a step from the
 // second-level cache, and takes as long as one of four.
 FUSED_LSTM_INLINE int even_rows(int64_t left, int64_t most) {
+  if (left <= most) return int(left);
   const int64_t tiles = (left + most - 1) / most;
   return int((left + tiles - 1) / tiles);
 }
@@ -165,6 +174,7 @@ FUSED_LSTM_INLINE int even_rows(int64_t left, int64_t most) {
 template <class Dot>
 struct Product {
   using Elem = typename Dot::Elem;
+  using Panel = typename Dot::Panel;
   using A = typename Dot::Acc;
   static constexpr int kStepK = Dot::kStepK, kPadK = Dot::kPadK;
 
@@ -185,7 +195,7 @@ struct Product {
   static constexpr int64_t strip_stride(int64_t) { return kStepK; }
   static constexpr int64_t strip_step() { return kStripRows * kStepK; }
 
-  static void run(int rows, int vectors, const Tile<Elem, A>& tile) {
+  static void run(int rows, int vectors, const TileOf<Dot>& tile) {
     switch (vectors) {
       case 4:
         return vector_rows<Dot, 4>(rows, tile);

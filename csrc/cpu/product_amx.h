@@ -16,6 +16,7 @@ namespace fused_lstm::cpu::FUSED_LSTM_ISA {
 
 struct ProductAmx {
   using Elem = BFloat16;
+  using Panel = BFloat16;
   using A = float;
   static constexpr int kStepK = 2, kPadK = 32;
   static constexpr int kTile = 16;           // rows of a tile, floats of its row

@@ -10,6 +10,8 @@
 
 #if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define FUSED_LSTM_INLINE static inline __attribute__((always_inline))
@@ -169,6 +171,37 @@ FUSED_LSTM_INLINE void store(Half* p, Vec<float> v) {
 }
 #endif
 
+// a b + c. By name where there is such an instruction: the compiler makes one of the expression
+// only where both operations are in one basic block, so that bits would depend on the code around
+// it.
+#if defined(__AVX512F__)
+FUSED_LSTM_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+FUSED_LSTM_INLINE Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+#elif defined(__FMA__)
+FUSED_LSTM_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+FUSED_LSTM_INLINE Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
+#elif defined(__aarch64__)
+FUSED_LSTM_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+FUSED_LSTM_INLINE Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (Vec<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+}
+#else
+template <class V>
+FUSED_LSTM_INLINE V multiply_add(V a, V b, V c) {
+  return a * b + c;
+}
+#endif
+
 // The last vector of a row may have fewer elements than lanes: how many a vector at `first` of
 // `count` has, and loads and stores that touch only those.
 template <class A>
@@ -222,15 +255,15 @@ FUSED_LSTM_INLINE float to_acc(Half v) {
 FUSED_LSTM_INLINE float to_acc(Half v) { return widen(v.bits); }
 #endif
 
-// From groups of 2 * half lanes of a and b: a's halves added, then b's.
+// From groups of 2 * half lanes of a and b: a's halves added, then b's. Each lane's one summand is
+// where it is to be, so that only the other is moved: blends have more ports than shuffles.
 template <int half, class V, int... lane>
 FUSED_LSTM_INLINE V add_halves(V a, V b, std::integer_sequence<int, lane...>) {
   constexpr int count = int(sizeof...(lane));
-  V low = __builtin_shufflevector(
-      a, b, (lane / half % 2 * count + lane / (2 * half) * (2 * half) + lane % half)...);
-  V high = __builtin_shufflevector(
-      a, b, (lane / half % 2 * count + lane / (2 * half) * (2 * half) + lane % half + half)...);
-  return low + high;
+  const V there = __builtin_shufflevector(a, b, (lane & half ? count + lane : lane)...);
+  const V moved =
+      __builtin_shufflevector(a, b, (lane & half ? count + lane - half : lane + half)...);
+  return there + moved;
 }
 
 // Lane l of the result is the sum of the lanes of v[l]; v is used up.
