@@ -4,7 +4,8 @@ Two shared objects are built into the package's folder:
 
 - `libfused_lstm.so`: the operators and their kernels. It knows torch and nothing of Python. Where
   torch has CUDA and there is an nvcc, csrc/cuda is in it (python/cuda_toolkit.py).
-- `_C.<abi>.so`: csrc/module.cpp, what was built and what this processor offers (pybind11).
+- `_C.<abi>.so` (pybind11): csrc/module.cpp, what was built and what this processor offers, and
+  csrc/module_stream.cpp, streams.
 
 Read from the environment: CXX, CPPFLAGS, CFLAGS, CXXFLAGS, LDFLAGS, MAX_JOBS;
 FUSED_LSTM_CUDA=0|1 (unset: where it can be built), CUDA_HOME, CUDA_PATH, TORCH_CUDA_ARCH_LIST;
@@ -39,6 +40,7 @@ MACOS = sys.platform == "darwin"
 LIBRARY = "libfused_lstm.so"
 MODULE = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 TORCH_LIBRARIES = ["-ltorch_cpu", "-lc10"]
+TORCH_PYTHON = ["-ltorch_python"]
 TORCH_CUDA = ["-ltorch_cuda", "-lc10_cuda"]
 CUDA_SOURCES = Path("csrc/cuda")
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
@@ -55,7 +57,11 @@ INSTRUCTION_SETS = [
         ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
         "_mm512_fmadd_ps(__m512(), __m512(), __m512())",
     ),
-    ("avx512_bf16", ["-mavx512bf16"], "_mm512_dpbf16_ps(__m512(), __m512bh(), __m512bh())"),
+    (
+        "avx512_bf16",
+        ["-mavx512bf16", "-mavx512vnni"],
+        "_mm512_dpbf16_ps(__m512(), __m512bh(), __m512bh())",
+    ),
     ("amx", ["-mamx-tile", "-mamx-bf16"], "_tile_dpbf16ps(0, 1, 2)"),
 ]
 
@@ -302,8 +308,9 @@ class NinjaBuild(build_ext):
 
         names = [*sets, "cuda"] if cuda else sets
         have = [f"-DFUSED_LSTM_HAVE_{name.upper()}" for name in names]
-        kernel, module = Path("csrc/cpu/kernel.cpp"), Path("csrc/module.cpp")
-        others = {*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")} - {kernel, module}
+        kernel, modules = Path("csrc/cpu/kernel.cpp"), set(Path("csrc").glob("module*.cpp"))
+        others = {*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")}
+        others -= {kernel, *modules}
         soname = "-install_name,@rpath/" if MACOS else "-soname,"
         origin = "@loader_path" if MACOS else "$ORIGIN"
 
@@ -342,9 +349,10 @@ class NinjaBuild(build_ext):
             flags = [*link_flags, f"-Wl,{soname}{LIBRARY}", *torch_libraries, *ldflags]
             library = make("link", LIBRARY, objects, flags)
 
-            flags = [*common, *python_flags, *have, f"-I{self.folder}"]
-            objects = [make("compile", f"{module}.o", [str(module)], flags), library]
-            make("link", MODULE, objects, [*link_flags, f"-Wl,-rpath,{origin}", *ldflags])
+            flags = [*common, *python_flags, *torch_flags, *have, f"-I{self.folder}"]
+            objects = [make("compile", f"{m}.o", [str(m)], flags) for m in sorted(modules)]
+            flags = [f"-Wl,-rpath,{origin}", *torch_libraries, *TORCH_PYTHON, *ldflags]
+            make("link", MODULE, [*objects, library], [*link_flags, *flags])
 
     def run_ninja(self, torch: str) -> None:
         import ninja

@@ -1,6 +1,5 @@
 // fused_lstm._C: what was built, and what this processor offers. Importing it loads
-// libfused_lstm.so, which registers the operators. No torch headers here: they would cost half a
-// minute of compile time.
+// libfused_lstm.so, which registers the operators. No torch headers here, but in module_stream.cpp.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -15,6 +14,7 @@
 #include "build_info.h"
 #include "cpu/dispatch.h"
 #include "cpu/processors.h"
+#include "module_stream.h"
 #ifdef FUSED_LSTM_HAVE_CUDA
 #include "cuda/kernels.h"
 #include "cuda/plan.h"
@@ -138,6 +138,7 @@ PYBIND11_MODULE(_C, m) {
       "set_patient", [](bool patient) { cpu::impatient = !patient; }, py::arg("patient"),
       "False, for tests: of threads that meet at every step, the last to come to their first "
       "meeting goes on alone.");
+  define_stream(m);
   py::class_<cpu::Contention>(m, "Contention", "How calls avoid processors in demand.")
       .def(py::init<int64_t>(), py::arg("first"))
       .def("paused", &cpu::Contention::paused, py::arg("now"))

@@ -90,7 +90,7 @@ def prepare(
     expected = states * (2 + 2 * options.bias + (proj_size > 0))
     if len(weights) != expected:
         raise Refusal(f"there are {len(weights)} weights, not {expected} as for its options")
-    _check_weight_shapes(weights, options, h_size, directions)
+    check_weight_shapes(weights, options, h_size, directions)
     input, batch, batch_dim = _time_first(input, batch_sizes, hx, options)
     tensors = [input, *weights]
     if hx is not None:
@@ -216,7 +216,7 @@ def _layers(call: Call, layer: Callable[..., Any]) -> tuple[Tensor, Tensor, Tens
     return input, torch.cat(h_n), torch.cat(c_n)
 
 
-def _check_weight_shapes(
+def check_weight_shapes(
     weights: Sequence[Tensor], options: Options, h_size: int, directions: int
 ) -> None:
     gates, layers = 4 * options.hidden_size, options.num_layers

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .functional import Call, Refusal, States, compute, prepare
+from .stream import Stream
 
 Kind = TypeVar("Kind", bound=nn.Module)
 _Torch: Any = nn.LSTM  # its methods, for a FusedLSTM to borrow
@@ -122,6 +123,16 @@ class FusedLSTM(nn.RNNBase):
                     raise Refusal(f"{name} is None")
             weights.append(weight)
         return prepare(input, batch_sizes, hx, weights, self)
+
+    def stream(
+        self,
+        batch_size: int = 1,
+        *,
+        dtype: torch.dtype | None = None,
+        weights: torch.dtype | None = None,
+    ) -> Stream:
+        """The module one step at a time: `fused_lstm.stream.Stream`, which says what these are."""
+        return Stream(self, batch_size, dtype=dtype, weights=weights)
 
     def __prepare_scriptable__(self) -> nn.LSTM:
         # TorchScript compiles nn.LSTM; it can't compile what this class does.

@@ -69,6 +69,24 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(target)] if NATIVE else [str(EMULATOR), str(target)]
 
 
+def test_streams(tmp_path: Path) -> None:
+    """Each gives the bits of single steps, by one thread, several, and ten with a fork each."""
+    target = tmp_path / "streams"
+    names = ("kernel", "stream", "threads", "block_cache", "processors", "dispatch")
+    sources = [KERNEL.with_name(f"{name}.cpp") for name in names]
+    sources.append(HERE / "kernel_layers" / "streams.cpp")
+    flags = [*kernel_flags(), "-DFUSED_LSTM_HAVE_GENERIC", *([] if NATIVE else ["-static"])]
+    command = [str(COMPILER), *flags, *map(str, sources), "-o", str(target)]
+    subprocess.run(command, check=True, timeout=280)
+    done = subprocess.run(
+        [str(target)] if NATIVE else [str(EMULATOR), str(target)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0 and "48 streams, 0 failures" in done.stdout, done
+
+
 def raw(tensor: Tensor) -> bytes:
     return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
 

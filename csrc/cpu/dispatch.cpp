@@ -52,7 +52,8 @@ namespace {
 
 [[maybe_unused]] bool has_avx512_bf16() {
   unsigned a, b, c, d;
-  return has_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
+  return has_avx512() && __builtin_cpu_supports("avx512vnni") &&
+         __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
 }
 
 // The tile registers are large, so Linux wants to be asked for them, once a process.

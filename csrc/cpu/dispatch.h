@@ -21,6 +21,46 @@ enum Waits {
   kLost      // for longer than several threads save; one may have gone on alone
 };
 
+// --- streams: steps of a stack of layers, one direction, weights and states kept
+// ------------------
+
+struct StreamShape {
+  int64_t L, B, I, H, P;  // L layers
+  bool projected;
+};
+
+// Of one layer as lstm.h has it. Matrices in the type that they are kept in (float for bytes),
+// biases in the compute dtype.
+struct StreamWeights {
+  const void *ih, *hh, *bias_ih, *bias_hh, *hr;  // null where absent
+};
+
+// T steps. weights and state are 64-byte aligned and of the kernel's own layout.
+struct StreamCall {
+  StreamShape shape;
+  void *weights, *state;
+  int64_t current;  // steps taken since the state was zeroed, but for a multiple of 2
+  int64_t T;
+  const void* x;  // (T, B, I) by strides, last dimension dense
+  int64_t x_stride_t, x_stride_b;
+  void* y;  // (T, B, P) by strides, last dimension dense
+  int64_t y_stride_t, y_stride_b;
+};
+
+// The entry points for one compute dtype and one width of the weights; null where there are none.
+struct StreamKernel {
+  int64_t (*weight_bytes)(const StreamCall& call);
+  int64_t (*state_bytes)(const StreamCall& call);
+  void (*pack)(const StreamCall& call, int64_t layer, const StreamWeights& weights);
+  // h (L, B, P) and c (L, B, H) of the compute dtype: of rows [begin, end); null: zeros.
+  void (*write)(const StreamCall& call, int64_t begin, int64_t end, const void* h, const void* c);
+  void (*read)(const StreamCall& call, void* h, void* c);
+  int64_t (*workspace)(const StreamCall* call, int, int threads);
+  Waits (*run)(const StreamCall* call, int, Crew crew, void* workspace);
+};
+
+enum StreamWidth { kOwnWidth, kBFloat16Weights, kInt8Weights, kStreamWidths };
+
 // One instruction set's entry points for one compute dtype. `directions` structs (1 or 2) of the
 // same shape. The workspace needs 64-byte alignment; its size is for exactly these arguments.
 struct Kernel {
@@ -30,6 +70,7 @@ struct Kernel {
   Waits (*backward)(const Backward* args, int directions, Crew crew, void* workspace);
   int64_t (*gradients_workspace)(const Gradients* args, int directions, int threads);
   Waits (*gradients)(const Gradients* args, int directions, Crew crew, void* workspace);
+  StreamKernel stream[kStreamWidths];
 };
 
 int isa_count();                  // sets built, slowest first

@@ -6,72 +6,18 @@
 #include <c10/core/Allocator.h>
 #include <torch/library.h>
 
-#include <chrono>
-
 #include "../operators.h"
 #include "block_cache.h"
-#include "dispatch.h"
-#include "processors.h"
+#include "threads.h"
 
 namespace fused_lstm::cpu {
 
 namespace {
 
-// One block for each calling thread, as large as its largest call yet: mapping a few MB anew costs
-// as much as a short sequence. Weights' size and a few rows, never T. The packed weights are read
-// at every step, and where they are larger than the second-level cache, from few pages.
-void* workspace(int64_t bytes) {
-  struct Workspace {
-    BlockCache::Block block{nullptr, 0};
-    ~Workspace() { clear(); }
-    void clear() {
-      if (block.data) BlockCache::unmap(block);
-      block = {nullptr, 0};
-    }
-  };
-  static thread_local Workspace own;
-  if (int64_t(own.block.bytes) < bytes) {
-    own.clear();
-    own.block = BlockCache::map(size_t(bytes));
-  }
-  return own.block.data;
+Threads threads_for(const Layer& layer) {
+  return {layer.N * 4 * layer.H * (layer.I + layer.P) * layer.directions,
+          at::in_parallel_region() ? 1 : at::get_num_threads()};
 }
-
-int64_t nanoseconds() {
-  return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
-}
-
-// The threads of one call, forward or backward, and what they tell the next of its kind. Short
-// calls are one to two milliseconds on one thread, and one stall is more than they save. In long
-// ones waits must cost as much as several threads save: see Barrier.
-class Threads {
- public:
-  explicit Threads(const Layer& layer)
-      : short_(layer.N * 4 * layer.H * (layer.I + layer.P) * layer.directions < 64'000'000) {
-    const int wanted = at::in_parallel_region() ? 1 : at::get_num_threads();
-    if (wanted > 1 && !(crew_.patient && contention().paused(nanoseconds())))
-      crew_.threads = thread_limit(wanted, processors());
-  }
-
-  // A pass with these arguments, in a workspace of its size.
-  template <class Args>
-  void run(int64_t (*bytes)(const Args*, int, int), Waits (*pass)(const Args*, int, Crew, void*),
-           const Args* args, int64_t directions) {
-    const int D = int(directions);
-    const Waits waits = pass(args, D, crew_, workspace(bytes(args, D, crew_.threads)));
-    if (crew_.threads > 1 && crew_.patient)
-      contention().report(waits == kLost || (short_ && waits == kStalled), nanoseconds());
-  }
-
- private:
-  Contention& contention() const {
-    static Contention of_short_calls(20'000'000), of_long_ones(200'000'000);
-    return short_ ? of_short_calls : of_long_ones;
-  }
-
-  bool short_;
-  Crew crew_{1, !impatient.load(std::memory_order_relaxed)};
-};
 
 // torch's way to memory from the block cache: tensors that own it, and can be resized like any
 // other.
@@ -131,7 +77,7 @@ Results forward(const ForwardCall& call) {
     a.cells = part(results.cells, d);
   }
   const Kernel& kernel = active_kernel(call.dtype);
-  Threads(layer).run(kernel.forward_workspace, kernel.forward, args, D);
+  threads_for(layer).run(kernel.forward_workspace, kernel.forward, args, int(D));
   return results;
 }
 
@@ -195,9 +141,9 @@ LayerGradients backward(const BackwardCall& call) {
     g.grad_weight_hr = layer.projected ? target(call.each - 1) : nullptr;
   }
   const Kernel& kernel = active_kernel(call.dtype);
-  Threads threads(layer);
-  threads.run(kernel.backward_workspace, kernel.backward, back, D);
-  threads.run(kernel.gradients_workspace, kernel.gradients, products, D);
+  const Threads threads = threads_for(layer);
+  threads.run(kernel.backward_workspace, kernel.backward, back, int(D));
+  threads.run(kernel.gradients_workspace, kernel.gradients, products, int(D));
   for (int64_t d = 0; layer.biased && d < D; ++d)
     if (call.needs_weight(d, 2) && call.needs_weight(d, 3))
       grads.weights[d * call.each + 3].copy_(grads.weights[d * call.each + 2]);

@@ -9,6 +9,7 @@
 #include "dispatch.h"
 #include "forward.h"
 #include "gradients.h"
+#include "stream_pass.h"
 
 namespace fused_lstm::cpu::FUSED_LSTM_ISA {
 
@@ -42,11 +43,59 @@ static Waits run(const Args* args, int directions, Crew crew, void* workspace) {
   return waits;
 }
 
+// A stream's pass, for what needs no call.
+template <class Pass>
+static Pass stream_of(const StreamCall& call) {
+  return Pass(&call, 1, 1);
+}
+
+template <class T, class P>
+constexpr StreamKernel stream_kernel() {
+  using Pass = StreamPass<T, P>;
+  return {[](const StreamCall& call) { return stream_of<Pass>(call).weight_bytes(); },
+          [](const StreamCall& call) { return stream_of<Pass>(call).state_bytes(); },
+          [](const StreamCall& call, int64_t layer, const StreamWeights& weights) {
+            stream_of<Pass>(call).pack(layer, weights);
+          },
+          [](const StreamCall& call, int64_t begin, int64_t end, const void* h, const void* c) {
+            stream_of<Pass>(call).write_state({begin, end}, static_cast<const T*>(h),
+                                              static_cast<const T*>(c));
+          },
+          [](const StreamCall& call, void* h, void* c) {
+            stream_of<Pass>(call).read_state(static_cast<T*>(h), static_cast<T*>(c));
+          },
+          workspace_bytes<Pass, StreamCall>,
+          run<Pass, StreamCall>};
+}
+
+// How a stream keeps the weights of a compute dtype at their own width.
+template <class T>
+struct KeptOf {
+  using type = typename ProductOf<T>::type;
+};
+template <>
+struct KeptOf<Half> {
+  using type = Product<MultiplyWidened<Half>>;
+};
+#if !defined(FUSED_LSTM_DOT_BF16) && !defined(FUSED_LSTM_TILE_BF16)
+template <>
+struct KeptOf<BFloat16> {
+  using type = Product<MultiplyWidened<BFloat16>>;
+};
+#endif
+
 template <class T>
 constexpr Kernel kernel_of() {
-  return {workspace_bytes<ForwardPass<T>, Forward>,     run<ForwardPass<T>, Forward>,
-          workspace_bytes<BackwardPass<T>, Backward>,   run<BackwardPass<T>, Backward>,
-          workspace_bytes<GradientsPass<T>, Gradients>, run<GradientsPass<T>, Gradients>};
+  StreamKernel narrower{}, bytes{};
+  if constexpr (sizeof(T) == 4) narrower = stream_kernel<T, Product<MultiplyWidened<BFloat16>>>();
+  if constexpr (sizeof(T) < 8) bytes = stream_kernel<T, ProductBytes>();
+  return {workspace_bytes<ForwardPass<T>, Forward>,
+          run<ForwardPass<T>, Forward>,
+          workspace_bytes<BackwardPass<T>, Backward>,
+          run<BackwardPass<T>, Backward>,
+          workspace_bytes<GradientsPass<T>, Gradients>,
+          run<GradientsPass<T>, Gradients>,
+          {stream_kernel<T, typename KeptOf<T>::type>(), narrower, bytes}};
 }
 
 extern const Kernel kernels[kDtypes];

@@ -1,0 +1,49 @@
+#include "threads.h"
+
+#include <chrono>
+
+#include "block_cache.h"
+
+namespace fused_lstm::cpu {
+
+// One block for each calling thread, as large as its largest call yet: mapping a few MB anew costs
+// as much as a short sequence. Weights' size and a few rows, never T. The packed weights are read
+// at every step, and where they are larger than the second-level cache, from few pages.
+void* workspace(int64_t bytes) {
+  struct Workspace {
+    BlockCache::Block block{nullptr, 0};
+    ~Workspace() { clear(); }
+    void clear() {
+      if (block.data) BlockCache::unmap(block);
+      block = {nullptr, 0};
+    }
+  };
+  static thread_local Workspace own;
+  if (int64_t(own.block.bytes) < bytes) {
+    own.clear();
+    own.block = BlockCache::map(size_t(bytes));
+  }
+  return own.block.data;
+}
+
+int64_t nanoseconds() {
+  return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
+}
+
+Threads::Threads(int64_t products, int wanted)
+    : short_(products < 64'000'000), crew_{1, !impatient.load(std::memory_order_relaxed)} {
+  if (wanted > 1 && !(crew_.patient && contention().paused(nanoseconds())))
+    crew_.threads = thread_limit(wanted, processors());
+}
+
+Contention& Threads::contention() const {
+  static Contention of_short_calls(20'000'000), of_long_ones(200'000'000);
+  return short_ ? of_short_calls : of_long_ones;
+}
+
+void Threads::report(Waits waits) const {
+  if (crew_.threads > 1 && crew_.patient)
+    contention().report(waits == kLost || (short_ && waits == kStalled), nanoseconds());
+}
+
+}  // namespace fused_lstm::cpu
