@@ -57,7 +57,8 @@ class Stream:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.batch_size = batch_size
-        self.dtype = lstm.weight_ih_l0.dtype if dtype is None else dtype
+        parameter: Any = lstm.weight_ih_l0
+        self.dtype: torch.dtype = parameter.dtype if dtype is None else dtype
         self.weights = self.dtype if weights is None else weights
         if self.dtype not in KERNEL_DTYPES:
             raise ValueError(f"no stream computes in {self.dtype}")
