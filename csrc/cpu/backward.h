@@ -24,12 +24,12 @@ namespace fused_lstm::cpu::FUSED_LSTM_ISA {
 
 template <class T>
 struct BackwardPass {
-  using P = typename ProductOf<T>::type;
-  using Elem = typename P::Elem;
+  using Gemm = typename ProductOf<T>::type;
+  using Elem = typename Gemm::Elem;
   using A = Acc<T>;
   static constexpr int V = kLanes<A>;
   static constexpr int kWidth = kTileWidth<A>;
-  static constexpr bool kSameType = sizeof(Elem) == sizeof(T);
+  static constexpr bool kAsStored = std::is_same_v<Elem, T>;  // operands may be taken as they lie
 
   struct Direction {
     Elem *hidden_panels, *projection_panels;
@@ -54,16 +54,17 @@ struct BackwardPass {
 
   BackwardPass(const Backward* args, int directions, int threads)
       : args(args), seq(args[0].seq), directions(directions) {
-    g_padded = round_up(4 * seq.H, P::kPadK);
-    p_padded = round_up(seq.P, P::kPadK);
+    g_padded = round_up(4 * seq.H, Gemm::kPadK);
+    p_padded = round_up(seq.P, Gemm::kPadK);
     constexpr int64_t line = 64 / sizeof(Elem);
     g_stride = round_up(g_padded, line);
     p_stride = round_up(p_padded, line);
     c_stride = round_up(seq.H, V);
-    copy_dgates = !kSameType || g_padded != 4 * seq.H;
+    copy_dgates = !kAsStored || g_padded != 4 * seq.H;
     const int64_t weights = 4 * seq.H * seq.P;
     team = Team::choose(threads, directions, seq, seq.B * weights, weights * int64_t(sizeof(Elem)),
-                        round_up(seq.B, P::max_rows(4)) / P::max_rows(4), round_up(seq.P, V) / V);
+                        round_up(seq.B, Gemm::max_rows(4)) / Gemm::max_rows(4),
+                        round_up(seq.P, V) / V);
     far = weights * int64_t(sizeof(Elem)) > kNearBytes * team.unit_groups;
     hidden = ColumnBlocks(seq.P, V, team.unit_groups);
     units = ColumnBlocks(seq.projected ? seq.H : 0, V, team.unit_groups);
@@ -99,7 +100,7 @@ struct BackwardPass {
     barriers[0].wait(team.threads());
     for (int d = place.direction; d < directions; d += team.directions)
       run_direction(d, place, sums);
-    P::end();
+    Gemm::end();
   }
 
   void prepare(int thread) const {
@@ -107,15 +108,15 @@ struct BackwardPass {
     for (int d = 0; d < directions; ++d) {
       for (int64_t b = thread; needs_product() && b < hidden.count(); b += threads) {
         const int64_t first = hidden.first(b);
-        pack_dense_columns<P>(static_cast<const T*>(args[d].weight_hh) + first, seq.P, 4 * seq.H,
-                              hidden.vectors_of(b) * V, seq.P - first,
-                              direction[d].hidden_panels + first * g_padded);
+        pack_dense_columns<Gemm>(static_cast<const T*>(args[d].weight_hh) + first, seq.P, 4 * seq.H,
+                                 hidden.vectors_of(b) * V, seq.P - first,
+                                 direction[d].hidden_panels + first * g_padded);
       }
       for (int64_t b = thread; b < units.count(); b += threads) {
         const int64_t first = units.first(b);
-        pack_dense_columns<P>(static_cast<const T*>(args[d].weight_hr) + first, seq.H, seq.P,
-                              units.vectors_of(b) * V, seq.H - first,
-                              direction[d].projection_panels + first * p_padded);
+        pack_dense_columns<Gemm>(static_cast<const T*>(args[d].weight_hr) + first, seq.H, seq.P,
+                                 units.vectors_of(b) * V, seq.H - first,
+                                 direction[d].projection_panels + first * p_padded);
       }
       const Direction& dir = direction[d];
       for (int64_t b = thread; b < seq.B; b += threads) {
@@ -199,13 +200,14 @@ struct BackwardPass {
     NextPanel next_panel(far, dir.hidden_panels + hidden.first(following) * g_padded,
                          hidden.vectors_of(following) * V * g_padded * int64_t(sizeof(Elem)));
     for (int64_t r = rows.begin, m; r < end; r += m) {
-      m = P::next_rows(end - r, vectors);
+      m = Gemm::next_rows(end - r, vectors);
       if (!seq.projected) prefetch(a, step, r, m, column, vectors * V);
       const int64_t running = step.before - r;
       if (running > 0)
-        P::run(int(running < m ? running : m), vectors,
-               {operand + r * stride, stride, P::kStepK, dir.hidden_panels + column * g_padded,
-                g_padded / P::kStepK, zeros, 0, sums, next_panel.part(g_padded / P::kStepK)});
+        Gemm::run(
+            int(running < m ? running : m), vectors,
+            {operand + r * stride, stride, Gemm::kStepK, dir.hidden_panels + column * g_padded,
+             g_padded / Gemm::kStepK, zeros, 0, sums, next_panel.part(g_padded / Gemm::kStepK)});
       for (int i = 0; i < m; ++i) {
         Vec<A> tanh_c[kMaxVectors];
         if (!seq.projected && r + i < step.active) tanh_cells(a, step, r + i, column, tanh_c);
@@ -294,10 +296,11 @@ struct BackwardPass {
     const int64_t column = units.first(block);
     const int64_t end = step.active < rows.end ? step.active : rows.end;
     for (int64_t r = rows.begin, m; r < end; r += m) {
-      m = P::next_rows(end - r, vectors);
-      P::run(int(m), vectors,
-             {dir.dh + r * p_stride, p_stride, P::kStepK, dir.projection_panels + column * p_padded,
-              p_padded / P::kStepK, zeros, 0, sums});
+      m = Gemm::next_rows(end - r, vectors);
+      Gemm::run(
+          int(m), vectors,
+          {dir.dh + r * p_stride, p_stride, Gemm::kStepK, dir.projection_panels + column * p_padded,
+           p_padded / Gemm::kStepK, zeros, 0, sums});
       for (int i = 0; i < m; ++i) {
         Vec<A> tanh_c[kMaxVectors];
         tanh_cells(args[d], step, r + i, column, tanh_c);

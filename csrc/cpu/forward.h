@@ -25,12 +25,12 @@ constexpr int64_t kFarRows = 128;  // of x taken together then
 
 template <class T>
 struct ForwardPass {
-  using P = typename ProductOf<T>::type;
-  using Elem = typename P::Elem;
+  using Gemm = typename ProductOf<T>::type;
+  using Elem = typename Gemm::Elem;
   using A = Acc<T>;
   static constexpr int V = kLanes<A>;
   static constexpr int kWidth = kTileWidth<A>;
-  static constexpr bool kSameType = sizeof(Elem) == sizeof(T);
+  static constexpr bool kAsStored = std::is_same_v<Elem, T>;  // operands may be taken as they lie
 
   struct Direction {
     Elem *input_panels, *hidden_panels, *projection_panels;
@@ -64,9 +64,9 @@ struct ForwardPass {
   ForwardPass(const Forward* args, int directions, int threads)
       : args(args), seq(args[0].seq), directions(directions) {
     blocks = (seq.H + V - 1) / V;
-    x_padded = round_up(seq.I, P::kPadK);
-    h_padded = round_up(seq.P, P::kPadK);
-    m_padded = round_up(seq.H, P::kPadK);
+    x_padded = round_up(seq.I, Gemm::kPadK);
+    h_padded = round_up(seq.P, Gemm::kPadK);
+    m_padded = round_up(seq.H, Gemm::kPadK);
     constexpr int64_t line = 64 / sizeof(Elem);
     x_stride = round_up(x_padded, line);
     h_stride = round_up(h_padded, line);
@@ -74,12 +74,12 @@ struct ForwardPass {
     c_stride = blocks * V;
     const int64_t weights = 4 * seq.H * (x_padded + h_padded);
     team = Team::choose(threads, directions, seq, seq.B * weights, weights * int64_t(sizeof(Elem)),
-                        round_up(seq.B, P::max_rows(4)) / P::max_rows(4), blocks);
+                        round_up(seq.B, Gemm::max_rows(4)) / Gemm::max_rows(4), blocks);
     projection = ColumnBlocks(seq.projected ? seq.P : 0, V, team.unit_groups);
     const int64_t rows = (seq.B + team.row_groups - 1) / team.row_groups;
     const int64_t all_rows = seq.T * seq.B;
     dense = worth_dense<T, Elem>(all_rows, seq.I + seq.P);
-    chunk_steps = dense ? seq.T : rows < P::max_rows(4) ? kMaxRows / rows : 1;
+    chunk_steps = dense ? seq.T : rows < Gemm::max_rows(4) ? kMaxRows / rows : 1;
     if (4 * seq.H * x_padded * int64_t(sizeof(Elem)) > kFarBytes && 2 * rows <= kFarRows)
       chunk_steps = kFarRows / rows;
     if (chunk_steps > seq.T) chunk_steps = seq.T;
@@ -87,7 +87,7 @@ struct ForwardPass {
     at_once = dense && seq.T == 1;
     ahead = (dense && !at_once) || chunk_steps > 1;
     far = !dense && 4 * seq.H * h_padded * int64_t(sizeof(Elem)) > kNearBytes * team.unit_groups;
-    copy_input = dense || ahead || !kSameType || x_padded != seq.I;
+    copy_input = dense || ahead || !kAsStored || x_padded != seq.I;
   }
 
   int64_t lay_out(void* workspace) {
@@ -135,7 +135,7 @@ struct ForwardPass {
     barriers[0].wait(team.threads());
     for (int d = place.direction; d < directions; d += team.directions)
       run_direction(d, place, own);
-    P::end();
+    Gemm::end();
   }
 
   // Weights into panels, initial states into place: shared out among all threads.
@@ -148,8 +148,8 @@ struct ForwardPass {
       const int64_t b = item % projection.count(), first = projection.first(b);
       const int width = projection.vectors_of(b) * V;
       auto column = [&](int n) { return first + n < seq.P ? first + n : int64_t(-1); };
-      pack_dense_k<P>(static_cast<const T*>(args[d].weight_hr), seq.H, seq.H, width, column,
-                      direction[d].projection_panels + first * m_padded);
+      pack_dense_k<Gemm>(static_cast<const T*>(args[d].weight_hr), seq.H, seq.H, width, column,
+                         direction[d].projection_panels + first * m_padded);
     }
     for (int64_t item = thread; item < seq.B * directions; item += threads) {
       const int d = int(item / seq.B);
@@ -172,10 +172,10 @@ struct ForwardPass {
       return first + n % V < seq.H ? n / V * seq.H + first + n % V : int64_t(-1);
     };
     if (!dense) {
-      pack_dense_k<P>(static_cast<const T*>(a.weight_ih), seq.I, seq.I, kWidth, column,
-                      dir.input_panels + block * kWidth * x_padded);
-      pack_dense_k<P>(static_cast<const T*>(a.weight_hh), seq.P, seq.P, kWidth, column,
-                      dir.hidden_panels + block * kWidth * h_padded);
+      pack_dense_k<Gemm>(static_cast<const T*>(a.weight_ih), seq.I, seq.I, kWidth, column,
+                         dir.input_panels + block * kWidth * x_padded);
+      pack_dense_k<Gemm>(static_cast<const T*>(a.weight_hh), seq.P, seq.P, kWidth, column,
+                         dir.hidden_panels + block * kWidth * h_padded);
     }
     for (int n = 0; n < kWidth; ++n) {
       const int64_t c = column(n);
@@ -271,7 +271,7 @@ struct ForwardPass {
   void input_product(int d, int64_t block, const Elem* x, int64_t stride, int64_t rows,
                      A* inputs) const {
     for (int64_t r = 0, m; r < rows; r += m) {
-      m = P::next_rows(rows - r, 4);
+      m = Gemm::next_rows(rows - r, 4);
       product(d, block, int(m), x + r * stride, stride, direction[d].bias + block * kWidth, 0,
               inputs + r * kWidth, false);
     }
@@ -284,9 +284,9 @@ struct ForwardPass {
     const int64_t K = hidden ? seq.P : seq.I, padded = hidden ? h_padded : x_padded;
     if (!dense) {
       const Elem* panels = hidden ? dir.hidden_panels : dir.input_panels;
-      return P::run(rows, 4,
-                    {operand, stride, P::kStepK, panels + block * kWidth * padded,
-                     padded / P::kStepK, init, init_stride, out, to_fetch});
+      return Gemm::run(rows, 4,
+                       {operand, stride, Gemm::kStepK, panels + block * kWidth * padded,
+                        padded / Gemm::kStepK, init, init_stride, out, to_fetch});
     }
     dense_product<T, Elem>(rows, {lanes_at<A>(block * V, seq.H),
                                   init,
@@ -314,7 +314,7 @@ struct ForwardPass {
     NextPanel next_panel(far, dir.hidden_panels + following * kWidth * h_padded,
                          kWidth * h_padded * int64_t(sizeof(Elem)));
     for (int64_t r = active.begin, m; r < active.end; r += m) {
-      m = P::next_rows(active.end - r, 4);
+      m = Gemm::next_rows(active.end - r, 4);
       if (at_once) {
         const int64_t row = r - active.begin;
         dense_product<T, Elem>(int(m),
@@ -327,7 +327,7 @@ struct ForwardPass {
                                  dense_part(d, block, h + r * h_stride, h_stride, true)}});
       } else {
         product(d, block, int(m), h + r * h_stride, h_stride, inputs + (r - active.begin) * kWidth,
-                kWidth, sums, true, next_panel.part(h_padded / P::kStepK));
+                kWidth, sums, true, next_panel.part(h_padded / Gemm::kStepK));
       }
       if (lanes == V) {
         cells<true>(a, dir, s, first, r, int(m), next, u, lanes, sums);
@@ -374,10 +374,11 @@ struct ForwardPass {
     const int64_t first = seq.first_row(t), column = projection.first(block);
     static const A zeros[kWidth] = {};
     for (int64_t r = active.begin, m; r < active.end; r += m) {
-      m = P::next_rows(active.end - r, vectors);
-      P::run(int(m), vectors,
-             {dir.unprojected + r * m_stride, m_stride, P::kStepK,
-              dir.projection_panels + column * m_padded, m_padded / P::kStepK, zeros, 0, sums});
+      m = Gemm::next_rows(active.end - r, vectors);
+      Gemm::run(
+          int(m), vectors,
+          {dir.unprojected + r * m_stride, m_stride, Gemm::kStepK,
+           dir.projection_panels + column * m_padded, m_padded / Gemm::kStepK, zeros, 0, sums});
       for (int i = 0; i < m; ++i)
         for (int v = 0; v < vectors; ++v) {
           const int64_t u = column + v * V;

@@ -20,13 +20,13 @@ namespace fused_lstm::cpu::FUSED_LSTM_ISA {
 
 template <class T>
 struct GradientsPass {
-  using P = typename ProductOf<T>::type;
-  using Elem = typename P::Elem;
+  using Gemm = typename ProductOf<T>::type;
+  using Elem = typename Gemm::Elem;
   using A = Acc<T>;
   static constexpr int V = kLanes<A>;
   static constexpr int kWidth = kTileWidth<A>;
-  static constexpr int R = P::kStripRows;
-  static constexpr bool kSameType = sizeof(Elem) == sizeof(T);
+  static constexpr int R = Gemm::kStripRows;
+  static constexpr bool kAsStored = std::is_same_v<Elem, T>;  // operands may be taken as they lie
   static constexpr int64_t kChunk = 192;  // rows of K at a time: a panel is 48 KB
   // a line more than R * kChunk: strips packed side by side must not meet in the same sets of the
   // cache
@@ -56,9 +56,9 @@ struct GradientsPass {
       : args(args), seq(args[0].seq), directions(directions), threads(threads) {
     N = seq.offsets ? seq.offsets[seq.T - 1] + seq.batch_sizes[seq.T - 1] : seq.T * seq.B;
     if (N * 4 * seq.H * (seq.I + seq.P) * directions < kParallelProducts) this->threads = 1;
-    g_padded = round_up(4 * seq.H, P::kPadK);
+    g_padded = round_up(4 * seq.H, Gemm::kPadK);
     g_stride = round_up(g_padded, 64 / int64_t(sizeof(Elem)));
-    copy_dgates = !kSameType || g_padded != 4 * seq.H;
+    copy_dgates = !kAsStored || g_padded != 4 * seq.H;
     input_columns = ColumnBlocks(args[0].grad_input ? seq.I : 0, V, 1);
   }
 
@@ -96,9 +96,9 @@ struct GradientsPass {
     for (int d = 0; d < directions; ++d)
       for (int64_t b = thread; b < input_columns.count(); b += threads) {
         const int64_t first = input_columns.first(b);
-        pack_dense_columns<P>(static_cast<const T*>(args[d].weight_ih) + first, seq.I, 4 * seq.H,
-                              input_columns.vectors_of(b) * V, seq.I - first,
-                              input_panels[d] + first * g_padded);
+        pack_dense_columns<Gemm>(static_cast<const T*>(args[d].weight_ih) + first, seq.I, 4 * seq.H,
+                                 input_columns.vectors_of(b) * V, seq.I - first,
+                                 input_panels[d] + first * g_padded);
       }
     for (int d = 0; d < directions; ++d)
       for (int projection = 0; projection < 2; ++projection)
@@ -107,7 +107,7 @@ struct GradientsPass {
       barriers[0].wait(threads);
       input_gradient(thread, own);
     }
-    P::end();
+    Gemm::end();
   }
 
   FewRowsGradients<T> few_rows() const { return {args, seq, directions, threads, N}; }
@@ -133,9 +133,9 @@ struct GradientsPass {
                   share_of_strips = (strips + threads - 1) / threads;
     Buffers buffers;
     buffers.panels = arena.take<Elem>(kChunk * job.blocks.padded());
-    buffers.rows = arena.take<Elem>(P::kStepK * job.blocks.padded());
+    buffers.rows = arena.take<Elem>(Gemm::kStepK * job.blocks.padded());
     buffers.strips = arena.take<Elem>(share_of_strips * kStripSize);
-    buffers.step = arena.take<Elem>(share_of_strips * R * P::kStepK);
+    buffers.step = arena.take<Elem>(share_of_strips * R * Gemm::kStepK);
     buffers.sums =
         arena.take<A>(N > kChunk ? share_of_strips * job.blocks.count() * R * kWidth : 0);
     buffers.tile = arena.take<A>(R * kWidth + V);
@@ -155,28 +155,28 @@ struct GradientsPass {
     memset(buffers.bias, 0, size_t((mine.end - mine.begin) * R + V) * sizeof(A));
     int64_t t = 0, b = 0;  // the row k of the sequence
     for (int64_t k = 0; k < N; k += kChunk) {
-      const int64_t count = N - k < kChunk ? N - k : kChunk, padded = round_up(count, P::kPadK);
+      const int64_t count = N - k < kChunk ? N - k : kChunk, padded = round_up(count, Gemm::kPadK);
       for (int64_t i = 0; i < padded; ++i) {
-        Elem* row = buffers.rows + i % P::kStepK * job.blocks.padded();
+        Elem* row = buffers.rows + i % Gemm::kStepK * job.blocks.padded();
         fill_right(d, projection, job, i < count, t, b, k + i, row);
-        if (i % P::kStepK == P::kStepK - 1)
-          scatter(job.blocks, buffers.rows, i / P::kStepK, padded, buffers.panels);
+        if (i % Gemm::kStepK == Gemm::kStepK - 1)
+          scatter(job.blocks, buffers.rows, i / Gemm::kStepK, padded, buffers.panels);
         if (i < count && ++b == seq.rows(t)) {
           b = 0;
           ++t;
         }
       }
-      pack_strips<P>(job.left + k * job.rows + columns.begin, job.rows, count,
-                     columns.end - columns.begin, buffers.strips, kStripSize, buffers.step);
+      pack_strips<Gemm>(job.left + k * job.rows + columns.begin, job.rows, count,
+                        columns.end - columns.begin, buffers.strips, kStripSize, buffers.step);
       if (bias) add_rows(job, k, count, columns, buffers.bias);
       const bool last = k + kChunk >= N;
       for (int64_t block = 0; block < job.blocks.count(); ++block)
         for (int64_t s = 0; s < mine.end - mine.begin; ++s) {
           A* sums = buffers.sums + (s * job.blocks.count() + block) * R * kWidth;
-          P::run(R, job.blocks.vectors_of(block),
-                 {buffers.strips + s * kStripSize, P::strip_stride(count), P::strip_step(),
-                  buffers.panels + job.blocks.first(block) * padded, padded / P::kStepK,
-                  k ? sums : zeros, k ? kWidth : 0, last ? buffers.tile : sums});
+          Gemm::run(R, job.blocks.vectors_of(block),
+                    {buffers.strips + s * kStripSize, Gemm::strip_stride(count), Gemm::strip_step(),
+                     buffers.panels + job.blocks.first(block) * padded, padded / Gemm::kStepK,
+                     k ? sums : zeros, k ? kWidth : 0, last ? buffers.tile : sums});
           if (last) emit(args[d], projection, job, (mine.begin + s) * R, block, buffers.tile);
         }
     }
@@ -221,11 +221,11 @@ struct GradientsPass {
   // One step of K, rows one after another, into every panel of the chunk.
   static void scatter(const ColumnBlocks& blocks, const Elem* rows, int64_t step, int64_t padded,
                       Elem* panels) {
-    constexpr int S = P::kStepK;
+    constexpr int S = Gemm::kStepK;
     for (int64_t block = 0; block < blocks.count(); ++block) {
       const int64_t first = blocks.first(block), width = blocks.vectors_of(block) * V;
-      interleave<P>(rows + first, blocks.padded(), S, width,
-                    panels + first * padded + step * width * S, width);
+      interleave<Gemm>(rows + first, blocks.padded(), S, width,
+                       panels + first * padded + step * width * S, width);
     }
   }
 
@@ -264,17 +264,17 @@ struct GradientsPass {
         const int vectors = input_columns.vectors_of(block);
         const int64_t column = input_columns.first(block);
         for (int64_t r = begin, m; r < end; r += m) {
-          m = P::next_rows(end - r, vectors);
+          m = Gemm::next_rows(end - r, vectors);
           for (int d = 0; d < directions; ++d) {
             if (copy_dgates && directions > 1) copy_rows(d, r, r + m, copied);
             const int64_t skip = directions > 1 ? 0 : r - begin;
             const Elem* operand =
                 copy_dgates ? copied + skip * g_stride
                             : reinterpret_cast<const Elem*>(args[d].dgates) + r * 4 * seq.H;
-            P::run(int(m), vectors,
-                   {operand, copy_dgates ? g_stride : 4 * seq.H, P::kStepK,
-                    input_panels[d] + column * g_padded, g_padded / P::kStepK, d ? sums : zeros,
-                    d ? kWidth : 0, sums});
+            Gemm::run(int(m), vectors,
+                      {operand, copy_dgates ? g_stride : 4 * seq.H, Gemm::kStepK,
+                       input_panels[d] + column * g_padded, g_padded / Gemm::kStepK,
+                       d ? sums : zeros, d ? kWidth : 0, sums});
           }
           for (int i = 0; i < m; ++i)
             for (int v = 0; v < vectors; ++v) {

@@ -21,13 +21,13 @@ FUSED_LSTM_INLINE void copy_row(const T* from, int64_t count, Elem* to, int64_t 
 
 // One step of K: `there` (at most kStepK) rows `stride` apart, interleaved, `count` elements each,
 // the rest of `width` zeros. Writes width * kStepK elements.
-template <class P, class T>
+template <class Gemm, class T>
 FUSED_LSTM_INLINE void interleave(const T* rows, int64_t stride, int there, int64_t count,
-                                  typename P::Elem* to, int64_t width) {
-  if constexpr (P::kStepK == 1) {
+                                  typename Gemm::Elem* to, int64_t width) {
+  if constexpr (Gemm::kStepK == 1) {
     copy_row(rows, there ? count : 0, to, width);
   } else {
-    static_assert(P::kStepK == 2 && sizeof(T) == 2, "pairs of 16-bit numbers");
+    static_assert(Gemm::kStepK == 2 && sizeof(T) == 2, "pairs of 16-bit numbers");
     const uint16_t* low = reinterpret_cast<const uint16_t*>(rows);
     const uint16_t* high = low + stride;
     uint32_t* pairs = reinterpret_cast<uint32_t*>(to);
@@ -44,12 +44,12 @@ FUSED_LSTM_INLINE void interleave(const T* rows, int64_t stride, int there, int6
 // weights + column(n) * stride, or zeros where column(n) is negative. A vector of each of a
 // vector's columns is transposed in registers at a time; what is transposed is one step of K, a
 // number or a pair of 16-bit numbers.
-template <class P, class T, class Column>
+template <class Gemm, class T, class Column>
 static void pack_dense_k(const T* weights, int64_t stride, int64_t K, int width, Column column,
-                         typename P::Panel* panel) {
-  using A = typename P::A;
-  constexpr int S = P::kStepK, V = kLanes<A>;
-  const int64_t steps = round_up(K, P::kPadK) / S;
+                         typename Gemm::Panel* panel) {
+  using A = typename Gemm::A;
+  constexpr int S = Gemm::kStepK, V = kLanes<A>;
+  const int64_t steps = round_up(K, Gemm::kPadK) / S;
   for (int64_t k = 0; k < steps; k += V)
     for (int n = 0; n < width; n += V) {
       Vec<A> v[V];
@@ -69,7 +69,7 @@ static void pack_dense_k(const T* weights, int64_t stride, int64_t K, int width,
       }
       transpose<A>(v);
       for (int64_t i = 0; i < V && k + i < steps; ++i) {
-        typename P::Panel* to = panel + ((k + i) * width + n) * S;
+        typename Gemm::Panel* to = panel + ((k + i) * width + n) * S;
         if constexpr (S == 1) {
           store(to, v[i]);
         } else {
@@ -81,37 +81,40 @@ static void pack_dense_k(const T* weights, int64_t stride, int64_t K, int width,
 
 // Packs a panel of `width` columns, `columns` of them there and the rest zeros, from rows of K
 // `stride` apart.
-template <class P, class T>
+template <class Gemm, class T>
 static void pack_dense_columns(const T* weights, int64_t stride, int64_t K, int64_t width,
-                               int64_t columns, typename P::Elem* panel) {
-  constexpr int S = P::kStepK;
+                               int64_t columns, typename Gemm::Elem* panel) {
+  constexpr int S = Gemm::kStepK;
   if (columns > width) columns = width;
-  for (int64_t k = 0; k < round_up(K, P::kPadK); k += S, panel += width * S) {
+  for (int64_t k = 0; k < round_up(K, Gemm::kPadK); k += S, panel += width * S) {
     const int64_t left = K - k;
     const int there = left >= S ? S : left > 0 ? int(left) : 0;
-    interleave<P>(weights + k * stride, stride, there, columns, panel, width);
+    interleave<Gemm>(weights + k * stride, stride, there, columns, panel, width);
   }
 }
 
 // Packs `columns` columns of a dense matrix, rows of K `stride` apart, as strips `strip_size`
 // apart. One step of K at a time for all strips: column by column, the matrix's rows (4 KB and more
 // apart) evict one another from the first-level cache. `step` holds one step of all strips.
-template <class P, class T>
+template <class Gemm, class T>
 static void pack_strips(const T* from, int64_t stride, int64_t K, int64_t columns,
-                        typename P::Elem* strips, int64_t strip_size, typename P::Elem* step) {
-  constexpr int S = P::kStepK, R = P::kStripRows;
-  const int64_t padded = round_up(K, P::kPadK), count = (columns + R - 1) / R;
-  if constexpr (P::kStripIsTransposed) {
+                        typename Gemm::Elem* strips, int64_t strip_size,
+                        typename Gemm::Elem* step) {
+  constexpr int S = Gemm::kStepK, R = Gemm::kStripRows;
+  const int64_t padded = round_up(K, Gemm::kPadK), count = (columns + R - 1) / R;
+  if constexpr (Gemm::kStripIsTransposed) {
     for (int64_t k = 0; k < padded; ++k)
       for (int64_t c = 0; c < count * R; ++c)
         strips[c / R * strip_size + c % R * padded + k] =
-            k < K && c < columns ? from[k * stride + c] : typename P::Elem{};
+            k < K && c < columns ? from[k * stride + c] : typename Gemm::Elem{};
   } else {
     for (int64_t k = 0; k < padded; k += S) {
       const int64_t left = K - k;
-      interleave<P>(from + k * stride, stride, left >= S ? S : int(left), columns, step, count * R);
+      interleave<Gemm>(from + k * stride, stride, left >= S ? S : int(left), columns, step,
+                       count * R);
       for (int64_t s = 0; s < count; ++s)
-        memcpy(strips + s * strip_size + k * R, step + s * R * S, sizeof(typename P::Elem) * R * S);
+        memcpy(strips + s * strip_size + k * R, step + s * R * S,
+               sizeof(typename Gemm::Elem) * R * S);
     }
   }
 }

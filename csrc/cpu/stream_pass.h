@@ -27,11 +27,11 @@ struct SourceOf<int8_t> {
   using type = float;
 };
 
-// T: the compute dtype. P: the product, of operands P::Elem with weights that are kept as P::Panel.
-template <class T, class P>
+// T: the compute dtype. Gemm: the product, of operands Gemm::Elem with weights kept as Gemm::Panel.
+template <class T, class Gemm>
 struct StreamPass {
-  using Elem = typename P::Elem;
-  using Panel = typename P::Panel;
+  using Elem = typename Gemm::Elem;
+  using Panel = typename Gemm::Panel;
   using A = Acc<T>;
   static constexpr int V = kLanes<A>, kWidth = kTileWidth<A>;
   static constexpr bool kBytes = sizeof(Panel) == 1;
@@ -89,7 +89,7 @@ struct StreamPass {
     copy_input = kBytes || sizeof(Elem) != sizeof(T) || padded(shape.I) != shape.I;
     if constexpr (kBytes) {
       const int64_t widest = x_stride > h_stride ? x_stride : h_stride;
-      row_bytes = P::row_bytes(widest > m_stride ? widest : m_stride);
+      row_bytes = Gemm::row_bytes(widest > m_stride ? widest : m_stride);
     } else {
       row_bytes = 0;
     }
@@ -101,7 +101,7 @@ struct StreamPass {
   // K as whatever reads the operand may read it.
   static constexpr int64_t padded(int64_t K) {
     constexpr int64_t step = AlongK<T, Elem>::kStep;
-    return round_up(K, step > P::kPadK ? step : P::kPadK);
+    return round_up(K, step > Gemm::kPadK ? step : Gemm::kPadK);
   }
 
   // As FusedLSTM does it in float32 and float64, to have its bits. In 16 bits packed panels are as
@@ -112,7 +112,8 @@ struct StreamPass {
   }
 
   static Matrix matrix(int64_t K, bool dense) {
-    return {nullptr, 0, K, round_up(K, dense ? AlongK<T, Elem>::kStep : P::kPadK), nullptr, dense};
+    return {nullptr, 0,    K, round_up(K, dense ? AlongK<T, Elem>::kStep : Gemm::kPadK),
+            nullptr, dense};
   }
 
   static void take_scales(Arena& arena, Matrix& m, int64_t blocks) {
@@ -218,11 +219,11 @@ struct StreamPass {
     const Source* weights = static_cast<const Source*>(given);
     Panel* panel = m.panels + block * m.stride;
     if constexpr (kBytes) {
-      P::pack(weights, m.K, column, panel, m.scales + block * kWidth);
+      Gemm::pack(weights, m.K, column, panel, m.scales + block * kWidth);
     } else if (m.dense) {
       pack_rows<AlongK<T, Elem>, V>(weights, m.K, m.padded, column, panel);
     } else {
-      pack_dense_k<P>(weights, m.K, m.K, kWidth, column, panel);
+      pack_dense_k<Gemm>(weights, m.K, m.K, kWidth, column, panel);
     }
   }
 
@@ -303,7 +304,7 @@ struct StreamPass {
         x = quantised({at.h[1], h_stride, own.x_bytes}, l + 1 < shape.L ? shape.P : 0);
       }
     }
-    P::end();
+    Gemm::end();
   }
 
   Operand input(int64_t t, const Private& own) const {
@@ -319,8 +320,8 @@ struct StreamPass {
   Operand quantised(const Operand& operand, int64_t K) const {
     if constexpr (kBytes)
       for (int64_t b = 0; K > 0 && b < shape.B; ++b)
-        P::quantise(operand.rows + b * operand.stride, round_up(K, P::kPadK),
-                    operand.bytes + b * row_bytes);
+        Gemm::quantise(operand.rows + b * operand.stride, round_up(K, Gemm::kPadK),
+                       operand.bytes + b * row_bytes);
     return operand;
   }
 
@@ -353,12 +354,12 @@ struct StreamPass {
     const Panel* panel = m.panels + block * m.stride;
     const Elem* from = operand.rows + b * operand.stride;
     if constexpr (kBytes) {
-      P::run(rows, {operand.bytes + b * row_bytes, row_bytes, panel, m.padded / P::kStepK,
-                    m.scales + block * kWidth, init, init_stride, sums});
+      Gemm::run(rows, {operand.bytes + b * row_bytes, row_bytes, panel, m.padded / Gemm::kStepK,
+                       m.scales + block * kWidth, init, init_stride, sums});
     } else {
-      P::run(
-          rows, kMaxVectors,
-          {from, operand.stride, P::kStepK, panel, m.padded / P::kStepK, init, init_stride, sums});
+      Gemm::run(rows, kMaxVectors,
+                {from, operand.stride, Gemm::kStepK, panel, m.padded / Gemm::kStepK, init,
+                 init_stride, sums});
     }
   }
 
@@ -367,7 +368,7 @@ struct StreamPass {
     const int64_t u = block * V;
     const int lanes = lanes_at<A>(u, shape.H);
     for (int64_t b = 0, m; b < shape.B; b += m) {
-      m = P::next_rows(shape.B - b, kMaxVectors);
+      m = Gemm::next_rows(shape.B - b, kMaxVectors);
       gates(w, block, x, h, b, int(m), sums);
       const auto save = [](int, const Vec<A>*, Vec<A>) {};
       const auto emit_row = [&](int r, Vec<A> hidden) __attribute__((always_inline)) {
@@ -385,7 +386,7 @@ struct StreamPass {
                        T* y, A* sums) const {
     static const A zeros[kWidth] = {};
     for (int64_t b = 0, rows; b < shape.B; b += rows) {
-      rows = P::next_rows(shape.B - b, kMaxVectors);
+      rows = Gemm::next_rows(shape.B - b, kMaxVectors);
       product(w.hr, block, m, b, int(rows), zeros, 0, sums);
       for (int r = 0; r < rows; ++r)
         for (int v = 0; v < kMaxVectors; ++v) {
