@@ -108,9 +108,10 @@ void hops() {
   const auto line = [](const char* name, std::vector<double>& us) {
     if (us.empty()) return;
     std::sort(us.begin(), us.end());
-    std::printf("{\"name\": \"%s\", \"value\": %.5g, \"unit\": \"us\", \"least\": %.5g, "
-                "\"most\": %.5g, \"pairs\": %zu}\n",
-                name, us[us.size() / 2], us.front(), us.back(), us.size());
+    std::printf(
+        "{\"name\": \"%s\", \"value\": %.5g, \"unit\": \"us\", \"least\": %.5g, "
+        "\"most\": %.5g, \"pairs\": %zu}\n",
+        name, us[us.size() / 2], us.front(), us.back(), us.size());
     std::fflush(stdout);
   };
   std::vector<double> flags, data;
@@ -143,8 +144,8 @@ void gather_step(int blocks, int bytes_each) {
   std::snprintf(name, sizeof name, "all-gather S=%d x %d B = %d KB", blocks, bytes_each,
                 total / 64);
   const double ms = time_ms(name, [&] {
-    return cooperative(all_gather<kChunks>, blocks, shared,
-                       reinterpret_cast<uint4*>(device.words), own, total, steps, device.broken);
+    return cooperative(all_gather<kChunks>, blocks, shared, reinterpret_cast<uint4*>(device.words),
+                       own, total, steps, device.broken);
   });
   if (ms > 0) report(name, ms * 1e3 / steps, "us");
 }
@@ -206,10 +207,11 @@ void l2_read(const char* name, int threads) {
   });
   if (ms < 0) return;
   const double bytes = 16.0 * kChunks * threads * rounds * device.sms;
-  std::printf("{\"name\": \"%s\", \"value\": %.5g, \"unit\": \"%s\", \"gb_per_s\": %.5g, "
-              "\"bytes_per_round\": %d}\n",
-              name, kSync ? ms * 1e3 / rounds : bytes / ms * 1e-6, kSync ? "us" : "GB/s",
-              bytes / ms * 1e-6, 16 * kChunks * threads);
+  std::printf(
+      "{\"name\": \"%s\", \"value\": %.5g, \"unit\": \"%s\", \"gb_per_s\": %.5g, "
+      "\"bytes_per_round\": %d}\n",
+      name, kSync ? ms * 1e3 / rounds : bytes / ms * 1e-6, kSync ? "us" : "GB/s", bytes / ms * 1e-6,
+      16 * kChunks * threads);
   std::fflush(stdout);
 }
 
@@ -225,10 +227,11 @@ void mma(const char* name) {
   long long cycles = 0;
   cudaMemcpy(&cycles, device.cycles, sizeof cycles, cudaMemcpyDeviceToHost);
   const double products = 4.0 * iterations * warps;  // an SM
-  std::printf("{\"name\": \"%s\", \"value\": %.5g, \"unit\": \"mma a cycle per SM\", "
-              "\"tflops\": %.5g, \"mhz\": %.5g}\n",
-              name, products / double(cycles), products * device.sms * 4096 / ms * 1e-9,
-              double(cycles) / ms * 1e-3);
+  std::printf(
+      "{\"name\": \"%s\", \"value\": %.5g, \"unit\": \"mma a cycle per SM\", "
+      "\"tflops\": %.5g, \"mhz\": %.5g}\n",
+      name, products / double(cycles), products * device.sms * 4096 / ms * 1e-9,
+      double(cycles) / ms * 1e-3);
   std::fflush(stdout);
 }
 
