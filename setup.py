@@ -330,6 +330,7 @@ class NinjaBuild(build_ext):
                 make("compile", f"{source}.o", [str(source)], [*common, *torch_flags, *have])
                 for source in sorted(others)
             ]
+            cuda_libraries: list[str] = []
             if cuda:
                 command = shlex.quote(str(cuda.toolkit.nvcc)).replace("$", "$$")
                 nvcc_command = f"{command} -MMD -MF $out.d $flags -c $in -o $out"
@@ -339,15 +340,15 @@ class NinjaBuild(build_ext):
                 flags = [*common, *cuda.host_flags, *torch_flags, *have]
                 for source in sorted(CUDA_SOURCES.glob("*.cpp")):
                     objects.append(make("compile", f"{source}.o", [str(source)], flags))
-                torch_libraries = [*torch_libraries, *TORCH_CUDA, cuda.toolkit.runtime()]
+                cuda_libraries = [*TORCH_CUDA, cuda.toolkit.runtime()]
             # The order matters to the linker: of an inline function that several objects carry it
             # keeps the first, which must be one that every processor can run.
             for name, flags in sets.items():
                 flags = [*common, *have, *kernel_flags, *flags, f"-DFUSED_LSTM_ISA={name}"]
                 objects.append(make("compile", f"{kernel}.{name}.o", [str(kernel)], flags))
             ldflags = flags_from_environment("LDFLAGS")
-            flags = [*link_flags, f"-Wl,{soname}{LIBRARY}", *torch_libraries, *ldflags]
-            library = make("link", LIBRARY, objects, flags)
+            flags = [*link_flags, f"-Wl,{soname}{LIBRARY}", *torch_libraries, *cuda_libraries]
+            library = make("link", LIBRARY, objects, [*flags, *ldflags])
 
             flags = [*common, *python_flags, *torch_flags, *have, f"-I{self.folder}"]
             objects = [make("compile", f"{m}.o", [str(m)], flags) for m in sorted(modules)]

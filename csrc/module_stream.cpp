@@ -16,18 +16,17 @@
 #include <vector>
 
 #include "cpu/stream.h"
+#include "dtypes.h"
 
 namespace py = pybind11;
 using fused_lstm::Dtype;
+using fused_lstm::kScalarTypes;
 using fused_lstm::cpu::Stream;
 using fused_lstm::cpu::StreamShape;
 using fused_lstm::cpu::StreamWeights;
 using fused_lstm::cpu::StreamWidth;
 
 namespace {
-
-// In the order of Dtype.
-constexpr at::ScalarType kTypes[] = {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf};
 
 template <class... Part>
 std::string words(const Part&... part) {
@@ -74,7 +73,7 @@ void check_sizes(const at::Tensor& found, at::IntArrayRef sizes, const char* mes
 // (B, I) or (T, B, I), as what follows reads it.
 at::Tensor checked_input(const Stream& stream, py::handle object) {
   const at::Tensor& input = tensor(object, "input");
-  const at::ScalarType type = kTypes[stream.dtype()];
+  const at::ScalarType type = kScalarTypes[stream.dtype()];
   const StreamShape& shape = stream.shape();
   if (input.scalar_type() != type)
     throw py::value_error(words("RNN input dtype (", name(input.scalar_type()),
@@ -180,7 +179,7 @@ std::unique_ptr<Stream> make(const std::string& dtype, const std::string& width,
     kept =
         width == "torch.int8" ? fused_lstm::cpu::kInt8Weights : fused_lstm::cpu::kBFloat16Weights;
   for (int index = 0; index < fused_lstm::kDtypes; ++index)
-    if (dtype == name(kTypes[index]))
+    if (dtype == name(kScalarTypes[index]))
       return std::make_unique<Stream>(Dtype(index), kept, shape, pointers(layers));
   throw py::value_error(
       words("a stream takes float32, float64, bfloat16 and float16, not ", dtype));
@@ -190,7 +189,7 @@ std::unique_ptr<Stream> make(const std::string& dtype, const std::string& width,
 
 std::pair<py::object, py::object> state(const Stream& stream) {
   const StreamShape& s = stream.shape();
-  const at::TensorOptions options = at::TensorOptions().dtype(kTypes[stream.dtype()]);
+  const at::TensorOptions options = at::TensorOptions().dtype(kScalarTypes[stream.dtype()]);
   const at::Tensor h = at::detail::empty_cpu({s.L, s.B, s.P}, options);
   const at::Tensor c = at::detail::empty_cpu({s.L, s.B, s.H}, options);
   stream.read(h.mutable_data_ptr(), c.mutable_data_ptr());
@@ -199,7 +198,7 @@ std::pair<py::object, py::object> state(const Stream& stream) {
 
 void set_state(Stream& stream, py::handle h_0, py::handle c_0) {
   const StreamShape& s = stream.shape();
-  const at::ScalarType type = kTypes[stream.dtype()];
+  const at::ScalarType type = kScalarTypes[stream.dtype()];
   const auto checked = [&](py::handle object, int64_t columns, const char* what,
                            const char* message) {
     const at::Tensor& found = tensor(object, what);

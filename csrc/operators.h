@@ -8,6 +8,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include "dtypes.h"
 #include "layer.h"
 #include "lstm.h"
 #include "schemas.h"
@@ -15,20 +16,10 @@
 namespace fused_lstm {
 
 inline Dtype dtype_of(const at::Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return kFloat32;
-    case at::kDouble:
-      return kFloat64;
-    case at::kBFloat16:
-      return kBFloat16;
-    case at::kHalf:
-      return kFloat16;
-    default:
-      TORCH_CHECK(false,
-                  "fused_lstm: the kernels take float32, float64, bfloat16 and float16, got ",
-                  t.scalar_type(), ": use backend(\"reference\")");
-  }
+  const std::optional<Dtype> found = dtype_of(t.scalar_type());
+  TORCH_CHECK(found, "fused_lstm: the kernels take float32, float64, bfloat16 and float16, got ",
+              t.scalar_type(), ": use backend(\"reference\")");
+  return *found;
 }
 
 // Uninitialised.

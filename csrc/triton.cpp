@@ -19,14 +19,18 @@ std::vector<at::Tensor> recurrent_weights(const Layer& layer) {
   return flat;
 }
 
-void call_python(const char* name, std::initializer_list<at::Tensor> tensors, const Layer& layer) {
-  const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
+c10::OperatorHandle find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
+}
+
+void call_python(const c10::OperatorHandle& function, std::initializer_list<at::Tensor> tensors,
+                 const Layer& layer) {
   torch::jit::Stack stack;
   for (const at::Tensor& tensor : tensors)
     stack.emplace_back(tensor.defined() ? c10::IValue(tensor) : c10::IValue());
   stack.emplace_back(recurrent_weights(layer));
   stack.emplace_back(layer.packed ? c10::IValue(layer.batch_sizes) : c10::IValue());
-  handle.callBoxed(stack);
+  function.callBoxed(stack);
 }
 
 class ForwardRecurrence {
@@ -37,7 +41,8 @@ class ForwardRecurrence {
 
   void run(int64_t, const at::Tensor& gates, const Results& results) const {
     const Layer& layer = call_.layer;
-    call_python("fused_lstm_triton::recurrence_forward",
+    static const auto function = find("fused_lstm_triton::recurrence_forward");
+    call_python(function,
                 {gates, results.cells, results.output.view({layer.N, -1}), results.h_n, results.c_n,
                  call_.h_0, call_.c_0},
                 layer);
@@ -64,7 +69,8 @@ class BackwardRecurrence {
     const Layer& layer = call_.layer;
     at::Tensor grad_rows = call_.grad_output;
     if (grad_rows.defined()) grad_rows = grad_rows.reshape({layer.N, layer.directions * layer.P});
-    call_python("fused_lstm_triton::recurrence_backward",
+    static const auto function = find("fused_lstm_triton::recurrence_backward");
+    call_python(function,
                 {found.dgates.view({layer.directions, layer.N, 4 * layer.H}), found.grad_c_0,
                  found.hidden, found.grad_projected, grad_rows, call_.grad_h_n, call_.grad_c_n,
                  call_.gates, call_.cells, call_.c_0},

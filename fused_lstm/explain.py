@@ -190,10 +190,8 @@ def _cuda_plan(pass_: str, call: Call) -> str:
 
 
 def _triton_plan(pass_: str, call: Call) -> str:
-    from .triton.layer import _device, _precision  # imports Triton
-    from .triton.plan import describe, plan
+    from .triton.layer import plan_on  # imports Triton
+    from .triton.plan import describe
 
-    H, B, D, P = call.options.hidden_size, call.batch, call.directions, call.h_size
-    tf32, device = _precision(call.dtype) == "tf32", _device(call.input.device)
-    chosen = plan(pass_ == "backward", H, B, D, P != H, call.dtype, tf32, device)
-    return describe(chosen)
+    sizes = (call.options.hidden_size, call.batch, call.directions, call.h_size)
+    return describe(plan_on(call.input.device, pass_ == "backward", sizes, call.dtype))

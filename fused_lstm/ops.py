@@ -76,9 +76,6 @@ class BackwardArguments(NamedTuple):
     cells: Any
     needs: Any
 
-    def layer(self) -> LayerArguments:
-        return LayerArguments(*self[3:8])
-
     def cotangents(self) -> tuple[Any, Any, Any]:
         return self.grad_output, self.grad_h_n, self.grad_c_n
 

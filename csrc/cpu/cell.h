@@ -39,7 +39,7 @@ FUSED_LSTM_INLINE void update_cells(int rows, A* sums, A* c, int64_t c_stride, c
 // caller sees.
 template <class T, bool whole, class Elem>
 FUSED_LSTM_INLINE void store_operand(Elem* to, Vec<Acc<T>> value, int lanes) {
-  if constexpr (sizeof(Elem) != sizeof(T)) {
+  if constexpr (!std::is_same_v<Elem, T>) {
     T rounded[kLanes<Acc<T>>];
     store(rounded, value);
     value = load(rounded);

@@ -21,12 +21,14 @@ enum Waits {
   kLost      // for longer than several threads save; one may have gone on alone
 };
 
-// --- streams: steps of a stack of layers, one direction, weights and states kept
-// ------------------
+// --- streams: steps of a stack of layers, one direction, weights and states kept -----------------
 
 struct StreamShape {
   int64_t L, B, I, H, P;  // L layers
   bool projected;
+
+  // Multiply-adds of a step in the gates of all layers.
+  int64_t gate_products() const { return B * 4 * H * (I + P + 2 * (L - 1) * P); }
 };
 
 // Of one layer as lstm.h has it. Matrices in the type that they are kept in (float for bytes),

@@ -167,23 +167,14 @@ struct ForwardPass {
   void pack_block(int d, int64_t block) const {
     const Forward& a = args[d];
     const Direction& dir = direction[d];
-    const int64_t first = block * V;
-    auto column = [&](int n) {
-      return first + n % V < seq.H ? n / V * seq.H + first + n % V : int64_t(-1);
-    };
+    const auto column = gate_column<V>(block * V, seq.H);
     if (!dense) {
       pack_dense_k<Gemm>(static_cast<const T*>(a.weight_ih), seq.I, seq.I, kWidth, column,
                          dir.input_panels + block * kWidth * x_padded);
       pack_dense_k<Gemm>(static_cast<const T*>(a.weight_hh), seq.P, seq.P, kWidth, column,
                          dir.hidden_panels + block * kWidth * h_padded);
     }
-    for (int n = 0; n < kWidth; ++n) {
-      const int64_t c = column(n);
-      A bias = 0;
-      if (c >= 0 && a.bias_ih) bias += to_acc(static_cast<const T*>(a.bias_ih)[c]);
-      if (c >= 0 && a.bias_hh) bias += to_acc(static_cast<const T*>(a.bias_hh)[c]);
-      dir.bias[block * kWidth + n] = bias;
-    }
+    add_biases<T>(a.bias_ih, a.bias_hh, column, dir.bias + block * kWidth);
   }
 
   // Rows of this group that step t has.

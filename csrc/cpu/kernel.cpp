@@ -49,9 +49,9 @@ static Pass stream_of(const StreamCall& call) {
   return Pass(&call, 1, 1);
 }
 
-template <class T, class P>
+template <class T, class Gemm>
 constexpr StreamKernel stream_kernel() {
-  using Pass = StreamPass<T, P>;
+  using Pass = StreamPass<T, Gemm>;
   return {[](const StreamCall& call) { return stream_of<Pass>(call).weight_bytes(); },
           [](const StreamCall& call) { return stream_of<Pass>(call).state_bytes(); },
           [](const StreamCall& call, int64_t layer, const StreamWeights& weights) {

@@ -79,6 +79,24 @@ static void pack_dense_k(const T* weights, int64_t stride, int64_t K, int width,
     }
 }
 
+// Of a block of V units from `first` on, which row of the 4H gates column n is: the units' gates i,
+// then f, g, o; -1 beyond H.
+template <int V>
+FUSED_LSTM_INLINE auto gate_column(int64_t first, int64_t H) {
+  return [=](int n) { return first + n % V < H ? n / V * H + first + n % V : int64_t(-1); };
+}
+
+// b_ih + b_hh of the columns of such a block; zero where there is none.
+template <class T, class Column>
+static void add_biases(const void* bias_ih, const void* bias_hh, Column column, Acc<T>* sums) {
+  for (int n = 0; n < 4 * kLanes<Acc<T>>; ++n) {
+    const int64_t c = column(n);
+    sums[n] = 0;
+    if (c >= 0 && bias_ih) sums[n] += to_acc(static_cast<const T*>(bias_ih)[c]);
+    if (c >= 0 && bias_hh) sums[n] += to_acc(static_cast<const T*>(bias_hh)[c]);
+  }
+}
+
 // Packs a panel of `width` columns, `columns` of them there and the rest zeros, from rows of K
 // `stride` apart.
 template <class Gemm, class T>

@@ -42,8 +42,7 @@ struct MultiplyWidened<BFloat16> {
   }
 };
 
-// --- 8-bit integers
-// -------------------------------------------------------------------------------
+// --- 8-bit integers ------------------------------------------------------------------------------
 
 // A row of the operand: this, then what the product reads.
 struct alignas(64) Quantised {

@@ -17,8 +17,7 @@ const StreamKernel& kernel_of(Dtype dtype, StreamWidth width) {
 }
 
 int64_t products(const StreamShape& s) {
-  const int64_t gates = s.I + s.P + 2 * (s.L - 1) * s.P;
-  return s.B * (4 * s.H * gates + (s.projected ? s.L * s.H * s.P : 0));
+  return s.gate_products() + (s.projected ? s.B * s.L * s.H * s.P : 0);
 }
 
 }  // namespace

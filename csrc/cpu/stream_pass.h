@@ -35,7 +35,8 @@ struct StreamPass {
   using A = Acc<T>;
   static constexpr int V = kLanes<A>, kWidth = kTileWidth<A>;
   static constexpr bool kBytes = sizeof(Panel) == 1;
-  static constexpr bool kOwnWidth = sizeof(Panel) == sizeof(T);  // weights kept as they are given
+  static constexpr bool kAsStored = std::is_same_v<Elem, T>;  // operands may be taken as they lie
+  static constexpr bool kAsGiven = std::is_same_v<Panel, T>;  // so are the weights kept
   using Source = typename SourceOf<Panel>::type;
 
   // One weight matrix: the panel of block b is panels + b * stride, a panel's scales are
@@ -86,7 +87,7 @@ struct StreamPass {
     m_stride = round_up(padded(shape.H), line);
     c_stride = blocks * V;
     if (threads > blocks) this->threads = int(blocks);
-    copy_input = kBytes || sizeof(Elem) != sizeof(T) || padded(shape.I) != shape.I;
+    copy_input = kBytes || !kAsStored || padded(shape.I) != shape.I;
     if constexpr (kBytes) {
       const int64_t widest = x_stride > h_stride ? x_stride : h_stride;
       row_bytes = Gemm::row_bytes(widest > m_stride ? widest : m_stride);
@@ -95,8 +96,7 @@ struct StreamPass {
     }
   }
 
-  // --- where things lie
-  // ---------------------------------------------------------------------------
+  // --- where things lie --------------------------------------------------------------------------
 
   // K as whatever reads the operand may read it.
   static constexpr int64_t padded(int64_t K) {
@@ -107,7 +107,7 @@ struct StreamPass {
   // As FusedLSTM does it in float32 and float64, to have its bits. In 16 bits packed panels are as
   // fast or faster (8 rows, I 512, H 128 on AMX: 56 to 10 us) but for one row in bfloat16 pairs.
   static bool is_dense(const StreamShape& shape, int64_t I) {
-    return kOwnWidth && worth_dense<T, Elem>(shape.B, I + shape.P) &&
+    return kAsGiven && worth_dense<T, Elem>(shape.B, I + shape.P) &&
            (sizeof(T) > 2 || (shape.B == 1 && sizeof(Elem) == 2));
   }
 
@@ -188,25 +188,15 @@ struct StreamPass {
     return own;
   }
 
-  // --- weights and states in and out
-  // --------------------------------------------------------------
+  // --- weights and states in and out -------------------------------------------------------------
 
   void pack(int64_t l, const StreamWeights& given) const {
     const LayerWeights w = layer(l);
     for (int64_t block = 0; block < blocks; ++block) {
-      const auto column = [&](int n) {
-        const int64_t u = block * V + n % V;
-        return u < shape.H ? n / V * shape.H + u : int64_t(-1);
-      };
+      const auto column = gate_column<V>(block * V, shape.H);
       pack_block(given.ih, w.ih, block, column);
       pack_block(given.hh, w.hh, block, column);
-      for (int n = 0; n < kWidth; ++n) {
-        const int64_t c = column(n);
-        A bias = 0;
-        if (c >= 0 && given.bias_ih) bias += to_acc(static_cast<const T*>(given.bias_ih)[c]);
-        if (c >= 0 && given.bias_hh) bias += to_acc(static_cast<const T*>(given.bias_hh)[c]);
-        w.bias[block * kWidth + n] = bias;
-      }
+      add_biases<T>(given.bias_ih, given.bias_hh, column, w.bias + block * kWidth);
     }
     for (int64_t block = 0; block < projected_blocks; ++block)
       pack_block(given.hr, w.hr, block, [&](int n) {
@@ -255,7 +245,7 @@ struct StreamPass {
 
   template <class From>
   static void read_row(const From* from, int64_t count, T* to) {
-    if constexpr (sizeof(From) == sizeof(T)) {
+    if constexpr (std::is_same_v<From, T>) {
       memcpy(to, from, size_t(count) * sizeof(T));
     } else {
       for (int64_t u = 0; u < count; u += V)
@@ -264,13 +254,10 @@ struct StreamPass {
     }
   }
 
-  // --- steps
-  // --------------------------------------------------------------------------------------
+  // --- steps -------------------------------------------------------------------------------------
 
   int team_size() const { return threads; }
-  int64_t group_products() const {
-    return call.T * shape.B * 4 * shape.H * (shape.I + shape.P + 2 * (shape.L - 1) * shape.P);
-  }
+  int64_t group_products() const { return call.T * shape.gate_products(); }
 
   void run(int thread) const {
     if (thread >= threads) return;
@@ -309,7 +296,7 @@ struct StreamPass {
 
   Operand input(int64_t t, const Private& own) const {
     const T* x = static_cast<const T*>(call.x) + t * call.x_stride_t;
-    if constexpr (sizeof(Elem) == sizeof(T))
+    if constexpr (kAsStored)
       if (!copy_input) return {reinterpret_cast<const Elem*>(x), call.x_stride_b};
     for (int64_t b = 0; b < shape.B; ++b)
       copy_row(x + b * call.x_stride_b, shape.I, own.x + b * x_stride, x_stride);
@@ -329,7 +316,7 @@ struct StreamPass {
   void gates(const LayerWeights& w, int64_t block, const Operand& x, const Operand& h, int64_t b,
              int rows, A* sums) const {
     const A* bias = w.bias + block * kWidth;
-    if constexpr (kOwnWidth)
+    if constexpr (kAsGiven)
       if (w.ih.dense)
         return dense_product<T, Elem>(
             rows,

@@ -80,11 +80,10 @@ struct Team {
 
 // A thread's place in the team.
 struct Place {
-  int thread, direction, row_group, unit_group;
+  int direction, row_group, unit_group;
 
   Place(const Team& team, int thread)
-      : thread(thread),
-        direction(thread / (team.row_groups * team.unit_groups)),
+      : direction(thread / (team.row_groups * team.unit_groups)),
         row_group(thread / team.unit_groups % team.row_groups),
         unit_group(thread % team.unit_groups) {}
 };

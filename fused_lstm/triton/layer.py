@@ -187,9 +187,15 @@ def _status(device: torch.device) -> tuple[Tensor, memoryview]:
 
 
 def _plan(backward: bool, call: Call) -> Plan:
-    projected, tf32 = call.P != call.H, _precision(call.dtype) == "tf32"
-    device = _device(call.device)
-    return plan(backward, call.H, call.B, call.D, projected, call.dtype, tf32, device)
+    return plan_on(call.device, backward, (call.H, call.B, call.D, call.P), call.dtype)
+
+
+def plan_on(
+    device: torch.device, backward: bool, sizes: tuple[int, int, int, int], dtype: torch.dtype
+) -> Plan:
+    """The plan of a layer of H cells, B sequences, D directions and P outputs on this device."""
+    H, B, D, P = sizes
+    return plan(backward, H, B, D, P != H, dtype, _precision(dtype) == "tf32", _device(device))
 
 
 def _precision(dtype: torch.dtype) -> str:

@@ -153,8 +153,7 @@ inline void prefetch(const void* at, emulation::Site site = emulation::Site::cur
 uint32_t milliseconds();
 [[noreturn]] void give_up();
 
-// --- launches
-// -------------------------------------------------------------------------------------
+// --- launches ------------------------------------------------------------------------------------
 
 namespace emulation {
 const char* run(const Grid& grid, void (*thread)(const void* call), const void* call);

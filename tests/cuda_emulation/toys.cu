@@ -5,8 +5,7 @@
 namespace fused_lstm::cuda {
 namespace {
 
-// --- d = c + a b on one warp, in the fragments of PTX's mma
-// ---------------------------------------
+// --- d = c + a b on one warp, in the fragments of PTX's mma --------------------------------------
 
 struct ProductParams {
   int operands;  // 0 bf16, 1 f16, 2 tf32
@@ -45,8 +44,7 @@ FUSED_LSTM_KERNEL(32) product_kernel(ProductParams params) {
   for (int r = 0; r < 4; ++r) params.d[(r < 2 ? row : below) * 8 + column + r % 2] = d[r];
 }
 
-// --- sums over a block: (blocks, threads) -> (blocks), and the sums of pairs of lanes
-// --------------
+// --- sums over a block: (blocks, threads) -> (blocks), and the sums of pairs of lanes ------------
 
 struct SumParams {
   const float* values;
@@ -110,8 +108,7 @@ FUSED_LSTM_KERNEL(32) wait_kernel(int tries) {
   for (int i = 0; i < tries; ++i) patience.lose();
 }
 
-// --- what must not happen
-// -------------------------------------------------------------------------
+// --- what must not happen ------------------------------------------------------------------------
 
 enum Mistake {
   kNone,
