@@ -1,297 +1,247 @@
-// What a step of a persistent kernel is made of, measured one by one on the GPU at hand.
+// What a step of a persistent kernel is made of, measured one by one on the GPU at hand, with the
+// kernels' own loads, stores and products (csrc/cuda/device.cuh).
 //
-//   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a micro.cu -o micro && ./micro
+//   nvcc -std=c++17 -O3 -I../../csrc -gencode arch=compute_90a,code=sm_90a micro.cu -o micro
 //
 // Prints one JSON object a line as it goes: {"name", "value", "unit"} and facts beside it, or
-// {"name", "error"}. Times are the median of `kRuns` launches over the steps in one launch, so a
-// launch itself is not in them. Every spin loop gives up after `kPolls` polls; that is an error.
-//
-// Cluster barriers need sm_90; the rest runs from sm_80 on. Uses no torch, only the CUDA runtime.
-
-#include <cuda_runtime.h>
+// {"name", "error"}. Times are the median of kRuns launches over the steps in one launch, so a
+// launch itself is not in them. Cluster barriers need sm_90; the rest runs from sm_80 on.
 
 #include <algorithm>
-#include <cstdint>
 #include <cstdio>
+#include <cuda/atomic>
+#include <string>
 #include <vector>
 
-#include "micro.cuh"
+#include "cuda/device.cuh"
+
+using namespace fused_lstm::cuda;
 
 namespace {
 
-constexpr int kRuns = 5;
-
-struct Device {
-  int sms = 0;
-  int capability = 0;          // 90
-  int shared_bytes = 0;        // that a block may ask for
-  unsigned* words = nullptr;   // 4 MiB, cleared before each launch
-  unsigned* broken = nullptr;  // set by a wait that was given up
-  long long* cycles = nullptr;
-  cudaEvent_t start = nullptr, stop = nullptr;
-};
+constexpr unsigned kPolls = 1u << 22;  // of half a microsecond each; then the launch is given up
+constexpr int kThreads = 256, kSteps = 2000, kRuns = 5;
 constexpr size_t kBytes = 4 << 20;
-Device device;
 
-bool failed(const char* name, cudaError_t status) {
+// ---- kernels -------------------------------------------------------------------------------
+
+FUSED_LSTM_DEVICE void publish_words(Words* at, uint32_t word) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %1, %1, %1};" ::"l"(at), "r"(word)
+               : "memory");
+}
+
+// The data is its own flag: every word of it holds the number of the step. Four words, because
+// only each word for itself is certain to arrive whole.
+FUSED_LSTM_DEVICE bool arrived(const Words& v, uint32_t step) {
+  return v.word[0] == step && v.word[1] == step && v.word[2] == step && v.word[3] == step;
+}
+
+template <class Done>
+FUSED_LSTM_DEVICE void wait(Done done) {
+  for (unsigned poll = 0; !done(); ++poll) {
+    if (poll == kPolls) give_up();
+  }
+}
+
+// Each is called with what all blocks see, zeros at first, and a number of its own.
+
+__global__ void empty(Words*, int) {}
+
+// Block 0 and block `partner` answer each other, 256 bytes apart: two hops a step. With kFlag they
+// release and acquire a word, as a flag beside data has to be; without it, data are polled.
+template <bool kFlag>
+__global__ void hop(Words* words, int partner) {
+  const bool first = blockIdx.x == 0;
+  if (threadIdx.x != 0 || !(first || int(blockIdx.x) == partner)) return;
+  Words *mine = words + (first ? 0 : 16), *other = words + (first ? 16 : 0);
+  using Flag = cuda::atomic_ref<uint32_t, cuda::thread_scope_device>;
+  const auto send = [&](uint32_t step) {
+    kFlag ? Flag(mine->word[0]).store(step, cuda::std::memory_order_release)
+          : publish_words(mine, step);
+  };
+  const auto came = [&](uint32_t step) {
+    return kFlag ? Flag(other->word[0]).load(cuda::std::memory_order_acquire) == step
+                 : arrived(load_published_or_zero(true, other), step);
+  };
+  for (uint32_t step = 1; step <= kSteps; ++step) {
+    if (first) send(step);
+    wait([&] { return came(step); });
+    if (!first) send(step);
+  }
+}
+
+// One exchange of the hidden state: every block publishes its chunks of 16 bytes and gathers
+// everyone's into shared memory, kChunks a thread, polling the data. Two buffers in turn: a block
+// can overwrite step t only after it has step t + 1 of everyone, who then all had step t. Without
+// kWait nothing is published, and what is there is taken.
+template <int kChunks, bool kWait>
+__global__ void all_gather(Words* buffers, int) {
+  auto* gathered = reinterpret_cast<Words*>(shared_memory());
+  const int total = kChunks * kThreads, own = total / gridDim.x;
+  for (uint32_t step = 1; step <= kSteps; ++step) {
+    Words* buffer = buffers + (step & 1) * total;
+    if (kWait && int(threadIdx.x) < own) {
+      publish_words(buffer + blockIdx.x * own + threadIdx.x, step);
+    }
+    Words chunk[kChunks] = {};
+    wait([&] {
+      bool all = true;
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i) {
+        load_published(!arrived(chunk[i], step), buffer + threadIdx.x + i * kThreads, chunk[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i) all = all && arrived(chunk[i], step);
+      return all || !kWait;
+    });
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) gathered[threadIdx.x + i * kThreads] = chunk[i];
+    block_barrier();
+  }
+}
+
+// Release and acquire cost a fence of the whole GPU; relaxed is the barrier alone.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+template <int kSize, bool kRelaxed>
+__global__ void cluster_barrier(Words*, int) {}
+#else
+template <int kSize, bool kRelaxed>
+__global__ void __cluster_dims__(kSize, 1, 1) cluster_barrier(Words*, int) {
+  for (int step = 0; step < kSteps; ++step) {
+    if (kRelaxed) {
+      asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+      asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+    } else {
+      asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+      asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    }
+  }
+}
+#endif
+
+// kThreads / 32 warps a block, four independent accumulators each: what one SM can multiply.
+__global__ void products(Words* words, int steps) {
+  float d[4][4] = {};
+  // Small numbers of both signs that differ by lane: zeros would run cooler.
+  Words a;
+  for (uint32_t i = 0; i < 4; ++i) a.word[i] = 0x2c003c00u ^ threadIdx.x * 0x00110013u ^ i << 15;
+  const uint32_t b = 0x3400ac00u ^ threadIdx.x * 0x00090007u;
+  block_barrier();
+  const long long start = clock64();
+  for (int step = 0; step < steps; ++step) {
+#pragma unroll
+    for (auto& sums : d) mma_f16(sums, a, b, b ^ 1u << 31);
+  }
+  block_barrier();
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    *reinterpret_cast<long long*>(words) = clock64() - start;
+  }
+  float sum = 0;
+  for (auto& sums : d) sum += sums[0] + sums[1] + sums[2] + sums[3];
+  if (sum == 1.2345f) words->word[0] = 0;  // never: keeps the products
+}
+
+// ---- host side -----------------------------------------------------------------------------
+
+using Kernel = void (*)(Words*, int);
+int sms, alone;  // multiprocessors; bytes of shared memory that keep a block alone on one
+Words* words;    // kBytes, cleared before each launch
+cudaEvent_t start, stop;
+
+bool failed(const std::string& name, cudaError_t status) {
   if (status == cudaSuccess) return false;
-  std::printf("{\"name\": \"%s\", \"error\": \"%s\"}\n", name, cudaGetErrorString(status));
-  std::fflush(stdout);
+  std::printf("{\"name\": \"%s\", \"error\": \"%s\"}\n", name.c_str(), cudaGetErrorString(status));
   return true;
 }
 
-void report(const char* name, double value, const char* unit) {
-  std::printf("{\"name\": \"%s\", \"value\": %.5g, \"unit\": \"%s\"}\n", name, value, unit);
-  std::fflush(stdout);
+void report(const std::string& name, double value, const char* unit) {
+  std::printf("{\"name\": \"%s\", \"value\": %.5g, \"unit\": \"%s\"}\n", name.c_str(), value, unit);
 }
 
-// Milliseconds of `launch`, the median of kRuns after one that warms up; negative (and an error
-// line) where it fails.
-template <typename Launch>
-double time_ms(const char* name, Launch launch) {
+// The blocks of a cooperative launch are on the GPU at once, or it fails: nobody waits for a block
+// that can't start.
+cudaError_t launch(Kernel kernel, int blocks, int shared, bool cooperative, int number) {
+  void* arguments[] = {&words, &number};
+  const auto* code = reinterpret_cast<const void*>(kernel);
+  return cooperative
+             ? cudaLaunchCooperativeKernel(code, blocks, kThreads, arguments, shared, nullptr)
+             : cudaLaunchKernel(code, blocks, kThreads, arguments, shared, nullptr);
+}
+
+// Reports and returns microseconds of a step, of which a launch has so many: the median of kRuns
+// after one that warms up. Negative, and an error line, where it fails.
+double measure(const std::string& name, Kernel kernel, int blocks, bool cooperative = true,
+               int number = 0, int steps = kSteps, int launches = 1) {
+  const int shared = launches > 1 ? 0 : alone;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   std::vector<float> times;
   for (int run = 0; run <= kRuns; ++run) {
-    if (failed(name, cudaMemset(device.words, 0, kBytes))) return -1;
-    if (failed(name, cudaMemset(device.broken, 0, sizeof(unsigned)))) return -1;
-    if (failed(name, cudaDeviceSynchronize())) return -1;
-    cudaEventRecord(device.start);
-    if (failed(name, launch())) return -1;
-    cudaEventRecord(device.stop);
-    if (failed(name, cudaEventSynchronize(device.stop))) return -1;
-    if (failed(name, cudaGetLastError())) return -1;
-    unsigned broken = 0;
-    cudaMemcpy(&broken, device.broken, sizeof broken, cudaMemcpyDeviceToHost);
-    if (broken) {
-      std::printf("{\"name\": \"%s\", \"error\": \"a wait was given up\"}\n", name);
-      std::fflush(stdout);
+    float ms = 0;
+    if (failed(name, cudaMemset(words, 0, kBytes)) || failed(name, cudaEventRecord(start)))
+      return -1;
+    for (int i = 0; i < launches; ++i) {
+      if (failed(name, launch(kernel, blocks, shared, cooperative, number))) return -1;
+    }
+    if (failed(name, cudaEventRecord(stop)) || failed(name, cudaEventSynchronize(stop)) ||
+        failed(name, cudaEventElapsedTime(&ms, start, stop))) {
       return -1;
     }
-    float ms = 0;
-    cudaEventElapsedTime(&ms, device.start, device.stop);
     if (run) times.push_back(ms);
   }
   std::sort(times.begin(), times.end());
-  return times[times.size() / 2];
+  const double us = times[kRuns / 2] * 1e3 / steps / launches;
+  report(name, us, "us");
+  return us;
 }
 
-// All blocks of a cooperative launch are on the GPU at once, or it fails: nobody waits for a block
-// that can't start. `shared` is also how one block is kept from sharing its SM.
-template <typename... Parameters, typename... Arguments>
-cudaError_t cooperative(void (*kernel)(Parameters...), int blocks, int shared, Arguments... given) {
-  if (shared) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  }
-  auto launch = [&](Parameters... arguments) {
-    void* pointers[] = {&arguments..., nullptr};
-    return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(blocks),
-                                       dim3(kThreads), pointers, size_t(shared), cudaStream_t());
-  };
-  return launch(Parameters(given)...);
+// On three quarters of the multiprocessors: a second wave would double the time.
+template <int kSize>
+void measure_clusters() {
+  const std::string name = "cluster barrier of " + std::to_string(kSize);
+  const int blocks = sms * 3 / 4 / kSize * kSize;
+  measure(name, cluster_barrier<kSize, false>, blocks, false);
+  measure(name + ", relaxed", cluster_barrier<kSize, true>, blocks, false);
 }
 
-void barriers() {
-  const int steps = 2000;
-  double ms = time_ms("grid.sync", [&] { return cooperative(grid_sync, device.sms, 0, steps); });
-  if (ms > 0) report("grid.sync", ms * 1e3 / steps, "us");
-  ms = time_ms("counter barrier", [&] {
-    return cooperative(counter_barrier, device.sms, 0, device.words, steps, device.broken);
-  });
-  if (ms > 0) report("counter barrier", ms * 1e3 / steps, "us");
-}
-
-void hops() {
-  const int steps = 2000;
-  const int alone = device.shared_bytes * 3 / 4;  // one block an SM
-  std::vector<int> partners = {1, 2, 3, 5, 8, 13};
-  for (int part = 1; part < 8; ++part) partners.push_back(device.sms * part / 8);
-  partners.push_back(device.sms - 1);
-  const auto line = [](const char* name, std::vector<double>& us) {
-    if (us.empty()) return;
-    std::sort(us.begin(), us.end());
-    std::printf(
-        "{\"name\": \"%s\", \"value\": %.5g, \"unit\": \"us\", \"least\": %.5g, "
-        "\"most\": %.5g, \"pairs\": %zu}\n",
-        name, us[us.size() / 2], us.front(), us.back(), us.size());
-    std::fflush(stdout);
-  };
-  std::vector<double> flags, data;
-  for (int partner : partners) {
-    if (partner <= 0 || partner >= device.sms) continue;
-    const double ms = time_ms("flag hop", [&] {
-      return cooperative(flag_hop, device.sms, alone, device.words, partner, steps, device.broken);
-    });
-    if (ms < 0) break;
-    flags.push_back(ms * 1e3 / (2 * steps));
-  }
-  line("flag hop", flags);
-  for (int partner : partners) {
-    if (partner <= 0 || partner >= device.sms) continue;
-    const double ms = time_ms("data hop", [&] {
-      return cooperative(data_hop, device.sms, alone, reinterpret_cast<uint4*>(device.words),
-                         partner, steps, device.broken);
-    });
-    if (ms < 0) break;
-    data.push_back(ms * 1e3 / (2 * steps));
-  }
-  line("data hop", data);
-}
-
-template <int kChunks>
-void gather_step(int blocks, int bytes_each) {
-  const int own = bytes_each / 16, total = own * blocks, steps = 2000;
-  const int shared = std::max(total * 16, device.shared_bytes * 3 / 4);  // one block an SM
-  char name[80];
-  std::snprintf(name, sizeof name, "all-gather S=%d x %d B = %d KB", blocks, bytes_each,
-                total / 64);
-  const double ms = time_ms(name, [&] {
-    return cooperative(all_gather<kChunks>, blocks, shared, reinterpret_cast<uint4*>(device.words),
-                       own, total, steps, device.broken);
-  });
-  if (ms > 0) report(name, ms * 1e3 / steps, "us");
-}
-
-void gathers() {
-  for (int blocks : {48, 64, 128}) {
-    if (blocks > device.sms) continue;  // a smaller GPU
-    gather_step<3>(blocks, 12 * 1024 / blocks);
-    if (blocks == 64) gather_step<4>(blocks, 256);
-    if (blocks == 128) gather_step<8>(blocks, 256);
-    gather_step<12>(blocks, 48 * 1024 / blocks);
-  }
-}
-
-template <bool kRelaxed>
-void clusters() {
-  const auto kernel = cluster_barrier<kRelaxed>;
-  if (device.capability < 90) {
-    std::puts("{\"name\": \"cluster barrier\", \"error\": \"needs compute capability 9.0\"}");
-    return;
-  }
-  const int steps = 2000;
-  for (int size : {2, 4, 8}) {
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = unsigned(size);
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(unsigned(device.sms / size * size));
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = size_t(device.shared_bytes * 3 / 4);  // one block an SM
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    char name[48];
-    std::snprintf(name, sizeof name, "cluster barrier of %d%s", size, kRelaxed ? ", relaxed" : "");
-    if (failed(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          int(config.dynamicSmemBytes)))) {
-      continue;
-    }
-    int fit = 0;
-    if (failed(name, cudaOccupancyMaxActiveClusters(&fit, kernel, &config))) continue;
-    // As many as run at once: a second wave would double the time.
-    config.gridDim.x = unsigned(std::max(fit, 1) * size);
-    const double ms = time_ms(name, [&] { return cudaLaunchKernelEx(&config, kernel, steps); });
-    if (ms < 0) continue;
-    std::printf("{\"name\": \"%s\", \"value\": %.5g, \"unit\": \"us\", \"clusters_at_once\": %d}\n",
-                name, ms * 1e3 / steps, fit);
-    std::fflush(stdout);
-  }
-}
-
-template <int kChunks, bool kSync>
-void l2_read(const char* name, int threads) {
-  const int rounds = 2000;
-  const auto* data = reinterpret_cast<const uint4*>(device.words);
-  const double ms = time_ms(name, [&] {
-    read_l2<kChunks, kSync><<<device.sms, threads>>>(data, rounds, device.words + kBytes / 4 - 1);
-    return cudaGetLastError();
-  });
-  if (ms < 0) return;
-  const double bytes = 16.0 * kChunks * threads * rounds * device.sms;
-  std::printf(
-      "{\"name\": \"%s\", \"value\": %.5g, \"unit\": \"%s\", \"gb_per_s\": %.5g, "
-      "\"bytes_per_round\": %d}\n",
-      name, kSync ? ms * 1e3 / rounds : bytes / ms * 1e-6, kSync ? "us" : "GB/s", bytes / ms * 1e-6,
-      16 * kChunks * threads);
-  std::fflush(stdout);
-}
-
-template <bool kBf16>
-void mma(const char* name) {
-  const int iterations = 20000, warps = kThreads / 32;
-  auto* sink = reinterpret_cast<float*>(device.words);
-  const double ms = time_ms(name, [&] {
-    mma_rate<kBf16><<<device.sms, kThreads>>>(iterations, sink, device.cycles);
-    return cudaGetLastError();
-  });
-  if (ms < 0) return;
+void measure_products(const std::string& name) {
+  const int steps = 20000;
+  const double us = measure(name, products, sms, true, steps, steps);
   long long cycles = 0;
-  cudaMemcpy(&cycles, device.cycles, sizeof cycles, cudaMemcpyDeviceToHost);
-  const double products = 4.0 * iterations * warps;  // an SM
-  std::printf(
-      "{\"name\": \"%s\", \"value\": %.5g, \"unit\": \"mma a cycle per SM\", "
-      "\"tflops\": %.5g, \"mhz\": %.5g}\n",
-      name, products / double(cycles), products * device.sms * 4096 / ms * 1e-9,
-      double(cycles) / ms * 1e-3);
-  std::fflush(stdout);
-}
-
-void copy() {
-  const char* name = "device copy, read + write";
-  const size_t bytes = size_t(1) << 30;
-  void *from = nullptr, *to = nullptr;
-  if (!failed(name, cudaMalloc(&from, bytes)) && !failed(name, cudaMalloc(&to, bytes))) {
-    cudaMemset(from, 0x5a, bytes);
-    const double ms =
-        time_ms(name, [&] { return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice); });
-    if (ms > 0) report(name, 2.0 * double(bytes) / ms * 1e-6, "GB/s");
-  }
-  cudaFree(from);
-  cudaFree(to);
-}
-
-void launches() {
-  const int count = 2000;
-  double ms = time_ms("launch", [&] {
-    for (int i = 0; i < count; ++i) empty<<<1, 32>>>();
-    return cudaGetLastError();
-  });
-  if (ms > 0) report("launch, one after another", ms * 1e3 / count, "us");
-  ms = time_ms("cooperative launch", [&] {
-    cudaError_t status = cudaSuccess;
-    for (int i = 0; i < count && status == cudaSuccess; ++i) {
-      status = cooperative(grid_sync, device.sms, 0, 0);
-    }
-    return status;
-  });
-  if (ms > 0) report("cooperative launch, one after another", ms * 1e3 / count, "us");
+  if (us < 0 || failed(name, cudaMemcpy(&cycles, words, sizeof cycles, cudaMemcpyDefault))) return;
+  const double a_step = 4.0 * kThreads / 32;  // on a multiprocessor
+  report(name + ", a cycle and multiprocessor", a_step * steps / double(cycles), "mma");
+  report(name + ", on all", a_step * sms * 4096 / us * 1e-6, "TFLOP/s");
 }
 
 }  // namespace
 
 int main() {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // each line as it comes: a hang shows where
   cudaDeviceProp properties;
-  if (failed("device", cudaGetDeviceProperties(&properties, 0))) return 1;
-  device.sms = properties.multiProcessorCount;
-  device.capability = properties.major * 10 + properties.minor;
-  device.shared_bytes = int(properties.sharedMemPerBlockOptin);
-  if (failed("device", cudaMalloc(&device.words, kBytes))) return 1;
-  if (failed("device", cudaMalloc(&device.broken, sizeof(unsigned)))) return 1;
-  if (failed("device", cudaMalloc(&device.cycles, sizeof(long long)))) return 1;
-  if (failed("device", cudaEventCreate(&device.start))) return 1;
-  if (failed("device", cudaEventCreate(&device.stop))) return 1;
+  if (failed("device", cudaGetDeviceProperties(&properties, 0)) ||
+      failed("device", cudaMalloc(&words, kBytes)) || failed("device", cudaEventCreate(&start)) ||
+      failed("device", cudaEventCreate(&stop))) {
+    return 1;
+  }
+  sms = properties.multiProcessorCount;
+  alone = int(properties.sharedMemPerBlockOptin) * 3 / 4;
 
-  barriers();
-  hops();
-  gathers();
-  clusters<false>();
-  clusters<true>();
-  l2_read<1, false>("L2 read, all SMs the same 16 KB", 1024);
-  l2_read<4, false>("L2 read, all SMs the same 64 KB", 1024);
-  l2_read<3, true>("L2 round of 12 KB and a block barrier", kThreads);
-  l2_read<12, true>("L2 round of 48 KB and a block barrier", kThreads);
-  mma<false>("mma.sync m16n8k16 fp16");
-  mma<true>("mma.sync m16n8k16 bf16");
-  launches();
-  copy();
+  for (int partner : {1, sms / 4, sms / 2, sms - 1}) {  // near and far
+    const std::string to = " hop to block " + std::to_string(partner);
+    measure("flag" + to, hop<true>, sms, true, partner, 2 * kSteps);
+    measure("data" + to, hop<false>, sms, true, partner, 2 * kSteps);
+  }
+  measure("all-gather S=48 x 256 B = 12 KB", all_gather<3, true>, 48);
+  measure("all-gather S=48 x 1024 B = 48 KB", all_gather<12, true>, 48);
+  measure("L2 round of 12 KB and a block barrier", all_gather<3, false>, sms);
+  measure("L2 round of 48 KB and a block barrier", all_gather<12, false>, sms);
+  measure_products("mma.sync m16n8k16 fp16");
+  if (properties.major >= 9) {
+    measure_clusters<2>();
+    measure_clusters<4>();
+    measure_clusters<8>();
+  }
+  measure("launch, one after another", empty, 1, false, 0, 1, 2000);
+  measure("cooperative launch, one after another", empty, sms, true, 0, 1, 2000);
   return 0;
 }

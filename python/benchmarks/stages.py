@@ -94,7 +94,8 @@ def compile_micro(
     if compiler is None:
         return skipped("nvcc was not found")
     number = architecture.replace(".", "")
-    command = [compiler, "-std=c++17", "-O3", "-gencode", f"arch=compute_{number},code=sm_{number}",
+    target = f"arch=compute_{number},code=sm_{number}"
+    command = [compiler, "-std=c++17", "-O3", "-I", str(report.ROOT / "csrc"), "-gencode", target,
                *options, str(MICRO), "-o", str(binary)]  # fmt: skip
     done = run(command, log, limit_s=limit_s)
     facts: Facts = {"state": done.state, "seconds": done.seconds}
