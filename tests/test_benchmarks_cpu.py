@@ -22,7 +22,6 @@ PYTHON = Path(__file__).resolve().parent.parent / "python"
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The package, which is run from its folder and not installed; threads are set back."""
     monkeypatch.syspath_prepend(str(PYTHON))
-    import benchmarks.curves
     import benchmarks.lstm
     import benchmarks.memory
     import benchmarks.plot
@@ -171,7 +170,7 @@ def made_up(benchmarks: ModuleType, suite: str) -> dict[str, Any]:
 
 
 def test_slopes(benchmarks: ModuleType) -> None:
-    slope = benchmarks.curves.slope
+    slope = benchmarks.plot.slope
     assert slope({n: 5.0 * n**2 for n in (1, 10, 100)}) == pytest.approx(2)
     assert slope({1: 9.0, 10: 7.0, **{n: n / 7 for n in (100, 1000, 10000)}}) == pytest.approx(1)
     table = benchmarks.plot.tables(made_up(benchmarks, "scaling")).splitlines()

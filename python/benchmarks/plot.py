@@ -1,24 +1,22 @@
 """The plot and the Markdown tables of the README, from results.
 
-    python -m benchmarks.plot results/<machine>-gpu-cuda.json --out speedup.svg
+    python -m benchmarks.plot results/<machine>-grid-cpu.json --out grid.svg
 
-Prints the tables; `--out FILE` draws the speed-up too, as SVG or PNG by the file's name: of the
-suites `grid` and `scaling` the curves that they are for, of any other bars for its cases. What is
-missing from a result is left out, and a row that failed is shown as such.
+Prints the tables; `--out FILE` draws the curves too that the suites `grid` and `scaling` are for,
+as SVG or PNG by the file's name. A row that failed is shown as such.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import numpy as np
 
-from benchmarks import curves, machine, report
-from benchmarks.curves import COLOURS, RATIO
-from benchmarks.suites import FORWARD, FORWARD_BACKWARD, SUITES
+from benchmarks import machine, report
+from benchmarks.suites import FORWARD, FORWARD_BACKWARD
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,171 +24,153 @@ if TYPE_CHECKING:
 
 Rows = list[dict[str, Any]]
 
-SPEED = ("headline", "seeds", "hard")  # suites of a GPU result that the README shows
-TABLES = (*SPEED, "memory")
-OPTIONS = ("num_layers", "bidirectional", "proj_size", "shortest")
+SUITES = ("headline", "seeds", "hard")  # of a GPU result that the README shows
+RATIO = "{ratio:.2f}"
+SPEED = "{ratio:.2f} ({fused_us_per_step:.2f} µs)"
+PEAK = "{memory_ratio:.2f} ({fused_mib:.0f} of {torch_mib:.0f} MiB)"
+COLOURS = {"bf16": "#1b9e77", "fp32": "#7570b3"}
+STYLES = {FORWARD: ":", FORWARD_BACKWARD: "-"}
+STRAIGHT = 3  # points at the large end that a slope is of
 
 
 def words(row: dict[str, Any]) -> str:
     """A row's case as a reader says it: "B 36, T 48, I 48, H 96, 2 layers"."""
-    if row["T"] == 1:
-        sizes = f"one step, B {row['B']}, I {row['I']}, H {row['H']}"
-    else:
-        sizes = ", ".join(f"{size} {row[size]}" for size in ("B", "T", "I", "H"))
-    parts = [sizes]
-    if "num_layers" in row:
-        parts.append(f"{row['num_layers']} layers")
-    if "bidirectional" in row:
-        parts.append("both directions")
-    if "proj_size" in row:
-        parts.append(f"projected to {row['proj_size']}")
-    if row.get("shortest") == row["T"]:
-        parts.append("packed, equal lengths")
-    elif "shortest" in row:
-        parts.append(f"packed, lengths {row['shortest']} to {row['T']}")
-    return ", ".join(parts)
+    one_step = row["T"] == 1
+    parts = ["one step"] if one_step else []
+    parts += [f"{size} {row[size]}" for size in ("BIH" if one_step else "BTIH")]
+    forms = {"num_layers": "{} layers", "bidirectional": "both directions",
+             "proj_size": "projected to {}", "shortest": "packed, lengths {} to {T}"}  # fmt: skip
+    parts += [form.format(row[key], **row) for key, form in forms.items() if key in row]
+    return ", ".join(parts).replace(f"lengths {row['T']} to {row['T']}", "equal lengths")
 
 
-def main_backend(rows: Rows) -> str | None:
-    return next((row["backend"] for row in rows if "backend" in row), None)
+def tables(document: dict[str, Any]) -> str:
+    """Markdown: one table for a suite's result; of a GPU result one for each of SUITES, and
+    one of peak memory."""
+    rows = document["rows"]
+    if document["benchmark"] != "gpu":
+        cell = RATIO if any("ratio" in row for row in rows) else PEAK
+        slopes = table_of_slopes(rows) if document["suite"] == "scaling" else []
+        return "\n".join([table(rows, cell), *slopes])
+    of_suites = [(suite, [r for r in rows if r["suite"] == suite], SPEED) for suite in SUITES]
+    parts = [*of_suites, ("memory", [r for r in rows if "memory_ratio" in r], PEAK)]
+    return "\n\n".join(f"{suite}\n\n{table(of, cell)}" for suite, of, cell in parts if of)
 
 
-def tables(document: dict[str, Any], suites: Iterable[str] = TABLES) -> str:
-    """Markdown: one table for a suite's result, one for each of `suites` of a GPU result."""
-    if document["benchmark"] == "memory":
-        return table(document["rows"], steps=False, memory=True)
-    if document["benchmark"] == "lstm":
-        more = ["", *curves.slopes(document)] if document["suite"] == "scaling" else []
-        return "\n".join([table(document["rows"], steps=False), *more])
-    parts = []
-    for suite in suites:
-        rows = [row for row in document["rows"] if row["suite"] == suite]
-        if suite == "memory":  # a case that another suite has too is measured there
-            cases = {words(case.facts()) for case in SUITES["memory"].cases}
-            rows = [r for r in document["rows"] if "memory_ratio" in r and words(r) in cases]
-        if rows:
-            parts.append(f"{suite}\n\n{table(rows, steps=True, memory=suite == 'memory')}")
-    return "\n\n".join(parts)
-
-
-def table(rows: Rows, *, steps: bool, memory: bool = False) -> str:
-    """Cases against dtypes and passes: the ratio, and with `steps` our microseconds a step; with
-    `memory` the ratio of the peaks, ours over nn.LSTM's."""
-    main = main_backend(rows)
+def table(rows: Rows, cell: str) -> str:
+    """Cases against dtypes and passes."""
+    main = next((row["backend"] for row in rows if "backend" in row), None)
     columns = list(dict.fromkeys((row["dtype"], row["pass"]) for row in rows))
     cells: dict[str, dict[tuple[str, str], str]] = {}
     for row in rows:
         other = f" ({row['backend']})" if row.get("backend", main) != main else ""
-        other += f" ({row['threads']} threads)" if "threads" in row else ""
-        cells.setdefault(words(row) + other, {})[row["dtype"], row["pass"]] = (
-            peak(row) if memory else cell(row, steps)
-        )
+        for key in ("threads", "busy"):
+            other += f" ({row[key]} {key})" if key in row else ""
+        found = "failed" if "error" in row else cell.format_map(row)
+        cells.setdefault(words(row) + other, {})[row["dtype"], row["pass"]] = found
     heads = [f"{dtype} {pass_.replace('+', ' + ')}" for dtype, pass_ in columns]
-    lines = [["case", *heads], ["---"] * (len(columns) + 1)]
-    lines += [[case, *(found.get(column, "") for column in columns)]
-              for case, found in cells.items()]  # fmt: skip
-    return "\n".join(
-        "|" + "|".join(line) + "|" if line[0] == "---" else "| " + " | ".join(line) + " |"
-        for line in lines
-    )
+    lines = [[case, *(of.get(column, "") for column in columns)] for case, of in cells.items()]
+    rule = "|".join(["", *["---"] * (len(columns) + 1), ""])
+    first, *others = (f"| {' | '.join(line)} |" for line in [["case", *heads], *lines])
+    return "\n".join([first, rule, *others])
 
 
-def cell(row: dict[str, Any], steps: bool) -> str:
-    if "error" in row:
-        return "failed"
-    if "ratio" not in row:
-        return f"nn.LSTM {row['torch_ms'] * 1e3 / row['T']:.2f} µs"
-    ratio = f"{row['ratio']:.2f}"
-    return f"{ratio} ({row['fused_ms'] * 1e3 / row['T']:.2f} µs)" if steps else ratio
+def slope(points: dict[int, float]) -> float:
+    """Of log time over log size at the large end, by least squares."""
+    last = sorted(points.items())[-STRAIGHT:]
+    sizes, ms = np.log(last).T
+    return float(np.polyfit(sizes, ms, 1)[0])
 
 
-def peak(row: dict[str, Any]) -> str:
-    if "error" in row:
-        return "failed"
-    return f"{row['memory_ratio']:.2f} ({row['fused_mib']:.0f} of {row['torch_mib']:.0f} MiB)"
+def times(rows: Rows, side: str, size: str, pass_: str, threads: int) -> dict[int, float]:
+    """Of suite `scaling`: a side's milliseconds over a size."""
+    return {row[size]: row[f"{side}_ms"] for row in rows if row["case"].startswith(f"{size}-")
+            and (row["pass"], row["threads"]) == (pass_, threads)}  # fmt: skip
+
+
+def table_of_slopes(rows: Rows) -> list[str]:
+    lines = ["", "| over | pass | threads | FusedLSTM | nn.LSTM |", "|---|---|---|---|---|"]
+    for size in "TBH":
+        for which in dict.fromkeys((row["pass"], row["threads"]) for row in rows):
+            ours, theirs = (slope(times(rows, side, size, *which)) for side in ("fused", "torch"))
+            pass_, threads = which
+            lines.append(f"| {size} | {pass_} | {threads} | {ours:.2f} | {theirs:.2f} |")
+    return lines
 
 
 def figure(document: dict[str, Any]) -> Figure:
-    """Speed-up over nn.LSTM: over the hidden size where that was measured, and for each case."""
     from matplotlib.figure import Figure
 
+    if document["suite"] not in ("grid", "scaling"):
+        raise click.ClickException("curves are of the suites grid and scaling.")
     rows = [row for row in document["rows"] if "ratio" in row]
-    if not rows:
-        raise click.ClickException("there is no row with both times in this result: nothing to see")
-    if document["suite"] in ("grid", "scaling"):
-        return getattr(curves, document["suite"])(document)
-    over_h = [row for row in rows if (row["B"], row["T"]) == (16, 1024) and row["I"] == row["H"]
-              and not set(OPTIONS) & row.keys() and "graph" not in row["pass"]]  # fmt: skip
-    over_h = over_h if len({row["H"] for row in over_h}) > 1 else []
-    main = main_backend(rows)
-    shown = [row for row in rows if row.get("suite", "seeds") in SPEED
-             and row.get("backend", main) == main and "graph" not in row["pass"]]  # fmt: skip
-    passes = [p for p in (FORWARD, FORWARD_BACKWARD) if any(row["pass"] == p for row in over_h)]
-    layout: list[Any] = [
-        [*([p] if p else []), *(["cases"] if shown else [])] for p in passes or [""]
-    ]
-    cases = len({words(row) for row in shown})
-    size = (4.5 * len(layout[0]) + 1, max(3.6, 0.36 * cases + 1, 3.2 * len(layout)))
-    drawing = Figure(figsize=size, layout="constrained")
-    axes = drawing.subplot_mosaic(layout)
-    for pass_ in passes:
-        lines(axes[pass_], [row for row in over_h if row["pass"] == pass_], main)
-        axes[pass_].set_title(pass_, fontsize=9)
-    if shown:
-        bars(axes["cases"], shown)
+    drawing = Figure(layout="constrained")
+    title = {"grid": grid, "scaling": scaling}[document["suite"]](drawing, rows)
+    threads = "" if document["device"] != "cpu" else f", {document['threads']} threads"
     where = machine.name(document["machine"])
-    drawing.suptitle(f"FusedLSTM: speed-up over nn.LSTM, {where}", fontsize=11)
+    drawing.suptitle(f"FusedLSTM: {title}, {where}{threads}", fontsize=10)
     return drawing
 
 
-def lines(axes: Axes, rows: Rows, main: str | None) -> None:
-    """The ratio over H at B 16, T 1024; a line for each dtype and backend."""
-    for dtype, backend in dict.fromkeys((r["dtype"], r.get("backend", main)) for r in rows):
-        ratios = {r["H"]: r["ratio"] for r in rows
-                  if (r["dtype"], r.get("backend", main)) == (dtype, backend)}  # fmt: skip
-        axes.plot(
-            *zip(*sorted(ratios.items()), strict=True),
-            color=COLOURS[dtype],
-            linestyle="-" if backend == main else ":",
-            marker="o",
-            markersize=4,
-            label=dtype if backend == main else f"{dtype}, {backend}",
-        )
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xscale("log", base=2)
-    sizes = sorted({row["H"] for row in rows})
-    axes.set_xticks(sizes, [str(size) for size in sizes], fontsize=7)
-    axes.set_xlabel("H (B 16, T 1024, input as large as H)", fontsize=8)
-    axes.set_ylabel(RATIO, fontsize=8)
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=7)
+def grid(drawing: Figure, rows: Rows) -> str:
+    """Suite `grid`: the ratio over H and over T, a line for each dtype and pass."""
+    drawing.set_size_inches(9, 3.6)
+    both = drawing.subplots(1, 2, sharey=True)
+    for axes, size, fixed in zip(both, "HT", "TH", strict=True):
+        # What stays the same on this curve has the value that most rows have.
+        values = [row[fixed] for row in rows]
+        common = max(set(values), key=values.count)
+        same = [row for row in rows if row[fixed] == common]
+        for dtype, pass_ in dict.fromkeys((row["dtype"], row["pass"]) for row in same):
+            of = [row for row in same if (row["dtype"], row["pass"]) == (dtype, pass_)]
+            points = {row[size]: row["ratio"] for row in of}
+            curve(axes, points, f"{dtype}, {pass_}", COLOURS[dtype], pass_)
+        axes.axhline(1, color="black", linewidth=0.8)
+        where = f"{size} (B {same[0]['B']}, {fixed} {common}, input as large as H)"
+        axes.set_xlabel(where, fontsize=8)
+    both[0].set_ylim(bottom=0)
+    both[0].set_ylabel("time of nn.LSTM / time of FusedLSTM", fontsize=8)
+    both[1].legend(fontsize=7)
+    return "speed-up over nn.LSTM"
 
 
-def bars(axes: Axes, rows: Rows) -> None:
-    """The ratio of each case, forward + backward where it was measured; a bar for each dtype, to
-    the right of 1 where FusedLSTM is the faster."""
-    training = {words(row) for row in rows if row["pass"] == FORWARD_BACKWARD}
-    chosen = [r for r in rows if r["pass"] == FORWARD_BACKWARD or words(r) not in training]
-    cases = list(dict.fromkeys(words(row) for row in chosen))
-    dtypes = list(dict.fromkeys(row["dtype"] for row in chosen))
-    thick = 0.8 / len(dtypes)
-    for at, dtype in enumerate(dtypes):
-        values = {words(row): row["ratio"] for row in chosen if row["dtype"] == dtype}
-        places = [cases.index(case) + (at - (len(dtypes) - 1) / 2) * thick for case in values]
-        beyond = [value - 1 for value in values.values()]
-        axes.barh(places, beyond, thick, left=1, color=COLOURS[dtype], label=dtype)
-    axes.axvline(1, color="black", linewidth=0.8)
+def scaling(drawing: Figure, rows: Rows) -> str:
+    """Suite `scaling`: times over T, B and H on logarithmic axes with the slopes, and the speed-up
+    by threads over each. A time in proportion to a size is a line of slope 1, to its square 2."""
+    drawing.set_size_inches(11, 6)
+    panels = drawing.subplots(2, 3, sharey="row", height_ratios=(2, 1))
+    most = max(row["threads"] for row in rows)
+    for at, size in enumerate("TBH"):
+        above, below = panels[:, at]
+        above.set_yscale("log")
+        for pass_ in (FORWARD, FORWARD_BACKWARD):
+            for side, name, colour in (("fused", "FusedLSTM", "#1b9e77"),
+                                       ("torch", "nn.LSTM", "#d95f02")):  # fmt: skip
+                alone, points = (times(rows, side, size, pass_, n) for n in (1, most))
+                curve(above, points, f"{name}, {pass_}: slope {slope(points):.2f}", colour, pass_)
+                curve(below, {n: alone[n] / points[n] for n in points}, None, colour, pass_)
+        first = next(row for row in rows if row["case"].startswith(f"{size}-"))
+        others = ", ".join(f"{name} {first[name]}" for name in "BTIH" if name != size)
+        above.set_title(f"over {size} ({others})", fontsize=9)
+        above.legend(fontsize=6)
+        below.axhline(1, color="black", linewidth=0.8)
+        below.set_xlabel(size, fontsize=8)
+        for axes in (above, below):
+            axes.grid(linewidth=0.3)
+    panels[0, 0].set_ylabel(f"ms a call, {most} threads", fontsize=8)
+    panels[1, 0].set_ylabel(f"1 thread / {most} threads", fontsize=8)
+    panels[1, 0].set_ylim(0, most + 0.5)
+    return f"time over size, slope of the last {STRAIGHT} points, fp32"
+
+
+def curve(axes: Axes, points: dict[int, float], label: str | None, colour: str, pass_: str) -> None:
+    """A line over a logarithmic axis that names the sizes which were measured."""
+    sizes = sorted(points)
+    axes.plot(sizes, [points[n] for n in sizes], marker="o", markersize=3, label=label,
+              color=colour, linestyle=STYLES[pass_])  # fmt: skip
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.grid(axis="x", linewidth=0.4)
-    axes.set_axisbelow(True)
-    names = [case if case in training else f"{case} (forward)" for case in cases]
-    axes.set_yticks(range(len(cases)), names, fontsize=7)
-    axes.margins(y=0.01)
-    axes.invert_yaxis()
-    axes.set_title(FORWARD_BACKWARD, fontsize=9)
-    axes.set_xlabel(RATIO, fontsize=8)
-    axes.legend(fontsize=7)
+    axes.set_xticks(sizes, [f"{n:,}" for n in sizes], fontsize=7)
+    axes.minorticks_off()
 
 
 def save(drawing: Figure, path: Path) -> None:
@@ -209,21 +189,17 @@ def save(drawing: Figure, path: Path) -> None:
 
 
 @click.command()
-@click.argument("results", nargs=-1, required=True,
-                type=click.Path(exists=True, dir_okay=False, path_type=Path))  # fmt: skip
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path),
-              help="Draw the speed-up of the first result: FILE.svg or FILE.png.")  # fmt: skip
-@click.option("--suite", "suites", multiple=True, default=TABLES, show_default=True,
-              help="Of a GPU result. May be repeated.")  # fmt: skip
-def main(results: tuple[Path, ...], out: Path | None, suites: tuple[str, ...]) -> None:
-    """Print the README's tables from RESULTS, and draw the speed-up."""
+@click.argument("results", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="FILE.svg or FILE.png to draw.")
+def main(results: tuple[Path, ...], out: Path | None) -> None:
+    """Print the README's tables from RESULTS, and draw the first."""
     documents = [json.loads(path.read_text(encoding="utf-8")) for path in results]
     for path, document in zip(results, documents, strict=True):
         if document.get("format") != report.FORMAT:
             raise click.ClickException(f"{path.name} is not a result in format {report.FORMAT}.")
         where, version = machine.name(document["machine"]), document["versions"].get("torch")
         click.echo(f"{where}, torch {version}, commit {document.get('commit')}\n")
-        click.echo(tables(document, suites) + "\n")
+        click.echo(tables(document) + "\n")
     if out:
         if out.suffix not in (".svg", ".png"):
             raise click.BadParameter("expected FILE.svg or FILE.png.", param_hint="--out")
