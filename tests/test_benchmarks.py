@@ -16,7 +16,6 @@ from click.testing import CliRunner
 from torch import nn
 
 PYTHON = Path(__file__).resolve().parent.parent / "python"
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -25,8 +24,6 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(PYTHON))
     import benchmarks
     import benchmarks.lstm
-    import benchmarks.measure
-    import benchmarks.suites
 
     # At sizes this small a second thread only waits, and on a busy machine it waits long.
     threads = torch.get_num_threads()
@@ -63,7 +60,7 @@ def test_command_prints_a_table_and_writes_the_same(tmp_path: Path) -> None:
 
     table = [line for line in done.stdout.splitlines() if line.startswith("one-step-96 B1 T1 I48")]
     assert len(table) == 2
-    assert f"{report['rows'][0]['torch_ms']:.4g}" in table[0]
+    assert f"torch_ms {report['rows'][0]['torch_ms']} " in table[0]
     for fact in (report["machine"]["processor"], torch.__version__, "threads: 1"):
         assert fact in done.stdout
 
@@ -79,10 +76,10 @@ def test_forward_and_backward_with_every_option(benchmarks: ModuleType, dtype: s
     )
     for pass_ in case.passes:
         row = benchmarks.suites.Row("tried here", case, dtype, pass_)
-        row = benchmarks.lstm.measured(row, CPU, 2, 0)
-        assert (row["num_layers"], row["bidirectional"], row["proj_size"]) == (2, True, 7)
-        assert (row["dtype"], row["pass"]) == (dtype, pass_)
-        assert "num_layers=2 bidirectional=True proj_size=7" in benchmarks.report.line(row)
+        facts = row.facts() | benchmarks.measure.measured(row, "cpu", 2, 0)
+        assert (facts["num_layers"], facts["bidirectional"], facts["proj_size"]) == (2, True, 7)
+        assert (facts["dtype"], facts["pass"]) == (dtype, pass_)
+        assert "num_layers=2 bidirectional=True proj_size=7" in benchmarks.report.line(facts)
 
 
 class SwappedGates(nn.LSTM):
@@ -123,21 +120,56 @@ class NotANumber(nn.LSTM):
     ],
 )
 def test_a_wrong_result_is_not_timed(
-    benchmarks: ModuleType, wrong: type[nn.LSTM], named: str
+    benchmarks: ModuleType, monkeypatch: pytest.MonkeyPatch, wrong: type[nn.LSTM], named: str
 ) -> None:
+    monkeypatch.setattr(benchmarks.measure, "FusedLSTM", wrong)
     case = benchmarks.suites.Case("small", B=3, T=9, input_size=5, hidden_size=17)
     row = benchmarks.suites.Row("tried here", case, "bf16", "forward+backward")
     with pytest.raises(benchmarks.measure.WrongResult, match=f"small, bf16: {named} is wrong"):
-        benchmarks.measure.measure(row, CPU, repeats=2, min_time=0, fused=wrong)
+        benchmarks.measure.measured(row, "cpu", 2, 0)
 
 
 def test_a_wrong_result_ends_the_command_in_words(
-    benchmarks: ModuleType, monkeypatch: pytest.MonkeyPatch
+    benchmarks: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(benchmarks.lstm, "FusedLSTM", NotANumber)
-    result = CliRunner().invoke(benchmarks.lstm.main, ["--suite", "smoke", "--min-time", "0"])
+    """And is in the document as an error; what comes after it is measured when resumed."""
+    out = tmp_path / "out.json"
+    arguments = ["--suite", "smoke", "--repeats", "2", "--min-time", "0", "--out", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmarks.measure, "FusedLSTM", NotANumber)
+        result = CliRunner().invoke(benchmarks.lstm.main, arguments)
     assert result.exit_code == 1
-    assert "Error: small, fp32: output is wrong" in result.output
+    assert "Error: WrongResult: small, fp32: output is wrong" in result.output
+    (row,) = json.loads(out.read_text())["rows"]
+    assert "output is wrong" in row["error"] and "ratio" not in row
+    result = CliRunner().invoke(benchmarks.lstm.main, [*arguments, "--resume"])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(out.read_text())["rows"]
+    assert rows[0] == row and len(rows) == 6 and all("ratio" in row for row in rows[1:])
+
+
+def test_a_row_that_takes_its_process_along_is_recorded(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    asked = ["--suite=smoke", "--repeats=2", "--min-time=0", f"--out={out}", "--resume"]
+    killed = f"""
+import os
+from benchmarks import lstm
+lstm.HOW["time"] = lambda *_, **__: os._exit(3)
+lstm.main({asked})"""
+    for command, code, rows in (("-c", 3, 1), ("-c", 3, 2), ("-m", 0, 6)):
+        what = [killed] if command == "-c" else ["benchmarks.lstm", *asked]
+        done = subprocess.run([sys.executable, command, *what], cwd=PYTHON, timeout=120)
+        assert done.returncode == code
+        found = json.loads(out.read_text())["rows"]
+        assert len(found) == rows
+        assert [row.get("error") for row in found[:2]] == ["the process was lost"] * min(rows, 2)
+    assert all("ratio" in row for row in found[2:])
+
+
+def test_steps_are_those_of_kernels_on_a_gpu(benchmarks: ModuleType) -> None:
+    result = CliRunner().invoke(benchmarks.lstm.main, ["--suite", "steps", "--dtype", "fp32"])
+    assert result.exit_code == 1
+    assert "the forced backend 'cuda' can't serve this call" in result.output
 
 
 def test_a_result_farther_than_expected_is_held_against_fp64(
@@ -148,9 +180,10 @@ def test_a_result_farther_than_expected_is_held_against_fp64(
     monkeypatch.setitem(benchmarks.measure.DTYPES, "bf16", strict)
     case = benchmarks.suites.Case("small", B=3, T=9, input_size=5, hidden_size=17, shortest=4)
     row = benchmarks.suites.Row("tried here", case, "bf16", "forward+backward")
-    assert benchmarks.lstm.measured(row, CPU, 2, 0)["distance"] > 0
+    assert benchmarks.measure.measured(row, "cpu", 2, 0)["distance"] > 0
+    monkeypatch.setattr(benchmarks.measure, "FusedLSTM", WrongGradient)
     with pytest.raises(benchmarks.measure.WrongResult, match="in fp64"):
-        benchmarks.measure.measure(row, CPU, repeats=2, min_time=0, fused=WrongGradient)
+        benchmarks.measure.measured(row, "cpu", 2, 0)
 
 
 @pytest.mark.parametrize(("B", "shortest"), [(1, 3), (3, 9), (5, 1), (9, 2)])
@@ -162,11 +195,11 @@ def test_packed_cases(benchmarks: ModuleType, B: int, shortest: int) -> None:
     assert lengths[0] == 9 and lengths[-1] == (shortest if B > 1 else 9)
     falls = {a - b for a, b in zip(lengths, lengths[1:], strict=False)}
     assert not falls or max(falls) - min(falls) <= 1  # evenly
-    packed, _ = benchmarks.measure.inputs(case, False, {"dtype": torch.float32})
+    row = benchmarks.suites.Row("tried here", case, "fp32", "forward")
+    packed = benchmarks.measure.prepared("torch", row).x
     back = torch.nn.utils.rnn.pad_packed_sequence(packed)[1]
     assert back.tolist() == lengths
-    row = benchmarks.suites.Row("tried here", case, "fp32", "forward")
-    line = benchmarks.report.line(benchmarks.lstm.measured(row, CPU, 2, 0))
+    line = benchmarks.report.line(row.facts() | benchmarks.measure.measured(row, "cpu", 2, 0))
     assert f"shortest={shortest}" in line
 
 
@@ -190,22 +223,24 @@ def test_pairs_alternate_and_ratios_are_of_neighbours(
         slowness *= 1.01
         return calls * slowness * (3e-4 if call is baseline else 1e-4)
 
-    timed = benchmarks.timing.compare(baseline, candidate, clock, repeats=7, min_time=0)
+    sides = {"torch": baseline, "fused": candidate}
+    timed = benchmarks.timing.timed(sides, clock, repeats=7, min_time=0)
     assert "".join(order) == "AB" * 2 + "ABBA" * 4
-    assert timed.pairs == 8
-    assert timed.calls == 10  # the quicker takes 0.1 ms a call, a timing at least 1 ms
-    assert timed.ratio == pytest.approx(3, rel=1e-3)
-    first, third = timed.ratio_quartiles
-    assert 2.9 < first < timed.ratio < third < 3.1
-    assert timed.baseline_ms == pytest.approx(3 * timed.candidate_ms, rel=0.02)
+    assert timed["pairs"] == 8
+    assert timed["calls"] == 10  # the quicker takes 0.1 ms a call, a timing at least 1 ms
+    assert timed["ratio"] == pytest.approx(3, rel=1e-3)
+    first, third = timed["ratio_quartiles"]
+    assert 2.9 < first < timed["ratio"] < third < 3.1
+    assert timed["torch_ms"] == pytest.approx(3 * timed["fused_ms"], rel=0.02)
 
 
 def test_suites_are_well_formed(benchmarks: ModuleType) -> None:
-    for suite in benchmarks.suites.SUITES.values():
+    for name, suite in benchmarks.suites.SUITES.items():
         names = [case.name for case in suite.cases]
-        assert names and len(set(names)) == len(names)
+        assert names and (len(set(names)) == len(names) or name == "steps")
         dtypes = {*suite.dtypes, *(dtype for case in suite.cases for dtype in case.dtypes)}
-        assert suite.dtypes and dtypes <= set(benchmarks.lstm.DTYPES)
+        assert suite.dtypes and dtypes <= set(benchmarks.measure.DTYPES)
+        assert suite.how in benchmarks.lstm.HOW
 
 
 @pytest.mark.parametrize(
@@ -266,12 +301,13 @@ def test_kept_results_carry_the_name_of_their_machine(benchmarks: ModuleType) ->
         ), path.name
 
 
-def test_machine_without_proc_or_sys(
-    benchmarks: ModuleType, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("told", [{}, {"Socket(s)": "-", "Core(s) per socket": "4"}])
+def test_machine_of_which_little_is_told(
+    benchmarks: ModuleType, monkeypatch: pytest.MonkeyPatch, told: dict[str, str]
 ) -> None:
-    monkeypatch.setattr(benchmarks.machine, "_cpuinfo", list)
-    facts = benchmarks.machine.machine(CPU)
-    assert facts["processor"] and facts["cores"] >= 1
+    monkeypatch.setattr(benchmarks.machine, "_lscpu", lambda: told)
+    facts = benchmarks.machine.machine("cpu")
+    assert facts["processor"] and facts["cores"] >= 1 and facts["family_model_stepping"] is None
 
 
 def test_kept_results_are_whole_and_small(benchmarks: ModuleType) -> None:

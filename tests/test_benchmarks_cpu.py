@@ -13,8 +13,6 @@ import torch
 from click.testing import CliRunner
 from torch.utils.flop_counter import FlopCounterMode
 
-from fused_lstm import FusedLSTM
-
 PYTHON = Path(__file__).resolve().parent.parent / "python"
 
 
@@ -23,9 +21,7 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The package, which is run from its folder and not installed; threads are set back."""
     monkeypatch.syspath_prepend(str(PYTHON))
     import benchmarks.lstm
-    import benchmarks.memory
     import benchmarks.plot
-    import benchmarks.roofline
 
     threads = torch.get_num_threads()
     yield benchmarks
@@ -45,13 +41,12 @@ def test_flops_are_those_that_the_operators_count(
     benchmarks: ModuleType, options: dict[str, Any], pass_: str
 ) -> None:
     case = benchmarks.suites.Case("tried here", 3, 9, 5, 17, **options)
-    training = pass_ == "forward+backward"
-    lstm = FusedLSTM(5, 17, **case.options()).train(training)
-    x, hx = benchmarks.measure.inputs(case, training, {"dtype": torch.float32})
+    row = benchmarks.suites.Row("tried here", case, "fp32", pass_)
+    side = benchmarks.measure.prepared("fused", row)
     counter = FlopCounterMode(display=False)
-    with torch.set_grad_enabled(training), counter:
-        output = benchmarks.measure.data(lstm(x, hx)[0])
-        if training:
+    with torch.set_grad_enabled(pass_ == "forward+backward"), counter:
+        output = benchmarks.measure.data(side.lstm(side.x, side.hx)[0])
+        if pass_ != "forward":
             output.sum().backward()
     assert benchmarks.roofline.flops(case, pass_) == counter.get_total_flops()
 
@@ -70,8 +65,7 @@ def test_share_of_the_roofline(benchmarks: ModuleType, monkeypatch: pytest.Monke
     case = benchmarks.suites.Case("tried here", 3, 9, 5, 17)
     row = benchmarks.suites.Row("tried here", case, "fp32", "forward")
     work = roofline.flops(case, "forward")
-    rates = {"torch.mm": 1.0, "ours": 2.0}
-    monkeypatch.setattr(roofline, "product_gflops", lambda *_: rates)
+    monkeypatch.setattr(roofline, "product_gflops", lambda *_: 2.0)
     monkeypatch.setattr(roofline, "copy_gbs", lambda *_: 1e9)
     at_best = work / 2.0 * 1e-6  # ms
     assert roofline.facts(row, 4 * at_best)["roofline"] == 0.25
@@ -88,13 +82,13 @@ def test_cpu_suite_has_both_thread_counts_and_its_rooflines(
     monkeypatch.setattr(benchmarks.roofline, "LARGEST", 2**20)
     monkeypatch.setattr(benchmarks.timing, "WARM_UP_S", 0)
     counts = set()
-    real = benchmarks.measure.compare
+    real = benchmarks.timing.timed
 
-    def compare(*arguments: Any, **options: Any) -> Any:
+    def timed(*arguments: Any, **options: Any) -> Any:
         counts.add(torch.get_num_threads())
         return real(*arguments, **options)
 
-    monkeypatch.setattr(benchmarks.measure, "compare", compare)
+    monkeypatch.setattr(benchmarks.timing, "timed", timed)
     out = tmp_path / "out.json"
     arguments = ["--suite", "cpu", "--case", "one-step-96", "--repeats", "2", "--min-time", "0"]
     result = CliRunner().invoke(benchmarks.lstm.main, [*arguments, "--out", str(out)])
@@ -108,16 +102,8 @@ def test_cpu_suite_has_both_thread_counts_and_its_rooflines(
     for row in document["rows"]:
         gflops = 2 * 384 * (48 + 96) * (3 if "+" in row["pass"] else 1) / row["fused_ms"] * 1e-6
         assert row["gflops"] == pytest.approx(gflops, rel=1e-3) and row["roofline"] > 0
-        assert f"{row['gflops']:.4g} GFLOP/s" in result.output
-        if row["dtype"] == "bf16":
-            same = ("pass", "threads")
-            (fp32,) = [r for r in document["rows"] if r["dtype"] == "fp32"
-                       and all(r[key] == row[key] for key in same)]  # fmt: skip
-            expected = fp32["torch_ms"] / row["fused_ms"]
-            assert row["ratio_to_fp32"] == pytest.approx(expected, rel=1e-3)
-    for threads in (1, 2):
-        product = document["roofline"][f"threads {threads}"]["product_gflops"]
-        assert list(product) == ["fp32", "bf16"] and min(product["fp32"].values()) > 0
+        assert f"gflops {row['gflops']}" in result.output
+        assert row["product_gflops"] > 0 and row["copy_gbs"] > 0
     (line,) = [line for line in result.output.splitlines() if "rows have a ratio below 1" in line]
     slower = sum(row["ratio"] < 1 for row in document["rows"])
     assert line == f"{slower} of 8 rows have a ratio below 1"
@@ -136,24 +122,17 @@ def test_time_budget_names_what_is_left(benchmarks: ModuleType, tmp_path: Path) 
 def test_memory_command(
     benchmarks: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Peaks that are known: in this process, of calls that allocate so much and give it back."""
-    before = benchmarks.memory.reset_peak()
-    torch.ones(64 << 18)  # 64 MiB
-    grown = (benchmarks.memory.peak_kib() - before) / 1024
-    assert 63 < grown < 80
-
     case = benchmarks.suites.Case("tried here", B=64, T=200, input_size=8, hidden_size=64,
                                   passes=("forward",))  # fmt: skip
-    suite = benchmarks.suites.Suite((case,), ("fp32",))
+    suite = benchmarks.suites.Suite((case,), ("fp32",), how="memory")
     monkeypatch.setitem(benchmarks.suites.SUITES, "memory-cpu", suite)
     out = tmp_path / "out.json"
-    arguments = ["--threads", "1", "--case", "tried here", "--out", str(out)]
-    result = CliRunner().invoke(benchmarks.memory.main, arguments)
+    arguments = ["--suite", "memory-cpu", "--threads", "1", "--out", str(out)]
+    result = CliRunner().invoke(benchmarks.lstm.main, arguments)
     assert result.exit_code == 0, result.output
     (row,) = json.loads(out.read_text())["rows"]
-    assert row["output_mib"] == 3.125
     for side in ("torch", "fused"):
-        assert 3 < row[f"{side}_mib"] < 40
+        assert 3 < row[f"{side}_mib"] < 40  # the output alone is 3.125
     assert row["memory_ratio"] == pytest.approx(row["fused_mib"] / row["torch_mib"], rel=1e-3)
 
 
@@ -192,26 +171,3 @@ def test_curves(benchmarks: ModuleType, tmp_path: Path, suite: str) -> None:
               "scaling": ("slope 2.00", "100,000", "over H (")}  # fmt: skip
     for label in labels[suite]:
         assert label in drawn
-
-
-def test_a_disturbed_row_is_measured_again(
-    benchmarks: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With clocks of our own: each row takes 10 s, of which others had so many on one core."""
-    now, taken, had = 0.0, 0.0, iter([8.0, 3.0, 0.5, 9.0, 9.0, 9.0])
-
-    def measured(*_: Any) -> dict[str, Any]:
-        nonlocal now, taken
-        now, taken = now + 10, taken + next(had)
-        return {"at": now}
-
-    monkeypatch.setattr(benchmarks.lstm, "measured", measured)
-    monkeypatch.setattr(benchmarks.lstm.machine, "taken_by_others", lambda: taken)
-    monkeypatch.setattr(benchmarks.lstm.time, "monotonic", lambda: now)
-    monkeypatch.setattr(benchmarks.lstm.time, "sleep", lambda _: None)
-    facts, spent = benchmarks.lstm.undisturbed(None, None, 2, 0, 100)
-    assert facts == {"at": 30.0, "others": 0.05} and 20 <= spent < 30
-    facts, spent = benchmarks.lstm.undisturbed(None, None, 2, 0, 5)
-    assert facts["others"] == 0.9 and 10 <= spent < 15
-    monkeypatch.setattr(benchmarks.lstm.machine, "taken_by_others", lambda: None)
-    assert benchmarks.lstm.undisturbed(None, None, 2, 0, 5) == ({"at": 60.0}, 0.0)

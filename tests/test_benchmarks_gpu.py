@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
-import operator
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,28 +23,27 @@ PYTHON = Path(__file__).resolve().parent.parent / "python"
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The package, which is run from its folder and not installed, with the modules used here."""
     monkeypatch.syspath_prepend(str(PYTHON))
-    import benchmarks
     import benchmarks.gpu
-    import benchmarks.process
-    import benchmarks.stages
+    import benchmarks.lstm
 
     return benchmarks
 
 
-# -- the command --------------------------------------------------------------------------------
+# -- the command --
+
+DRY = ["--device", "cpu", "--suite", "smoke", "--min-time", "0", "--minutes", "5"]
 
 
-def test_dry_run_leaves_one_document_and_the_table(
+def test_dry_run_leaves_one_document_and_prints_its_rows(
     benchmarks: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process is pytest's
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # a second thread only waits at these sizes
-    arguments = "--device cpu --installed --stage micro --stage suite --min-time 0 --minutes 5"
-    arguments += " --commit 0123456789ab --backend cpu --backend reference --out"
-    done = CliRunner().invoke(benchmarks.gpu.main, [*arguments.split(), str(tmp_path)])
+    arguments = "--installed --stage micro --stage suite --commit 0123456789ab --backend cpu"
+    arguments += " --backend reference --backend fast --out"
+    done = CliRunner().invoke(benchmarks.gpu.main, [*DRY, *arguments.split(), str(tmp_path)])
     assert done.exit_code == 0, done.output
-    files = list(tmp_path.iterdir())
-    assert len(files) <= 8 and (tmp_path / "gpu.txt").read_text() == done.stdout
+    assert len(list(tmp_path.iterdir())) <= 8
     (result,) = tmp_path.glob("*-gpu-cpu.json")
     document = json.loads(result.read_text())
 
@@ -55,14 +52,15 @@ def test_dry_run_leaves_one_document_and_the_table(
         "commit": "0123456789ab",
     }  # fmt: skip
     assert document["versions"]["torch"] == torch.__version__ and document["versions"]["fused_lstm"]
+    assert document["unavailable"] == {"fast": "unknown backend 'fast'"}
     assert document["micro"] == {"state": "skipped", "seconds": 0.0, "why": "no GPU"}
     assert list(document["stages"]) == ["micro", "suite"]
     assert document["stages"]["suite"]["state"] == "done"
     assert len(document["rows"]) == 12  # (2 passes and 1) x 2 dtypes x 2 backends
     assert {row["backend"] for row in document["rows"]} == {"cpu", "reference"}
     for row in document["rows"]:
-        assert row["suite"] == "smoke" and row["ratio"] > 0 and row["fused_us_per_step"] > 0
-        assert f"{row['torch_ms']:.4g}" in done.stdout
+        assert row["ratio"] > 0 and row["fused_us_per_step"] > 0
+        assert f"torch_ms {row['torch_ms']} " in done.stdout
     for path in (PYTHON.parent, Path(sys.prefix), Path.home(), tmp_path):
         assert str(path) not in result.read_text()
 
@@ -77,205 +75,141 @@ def test_without_a_gpu_one_sentence_says_so(
     assert not (tmp_path / "out").exists()
 
 
-# -- rows that fail, time that runs out ---------------------------------------------------------
+# -- rows that fail, time that runs out --
 
 
 class Script:
-    """In place of benchmarks.process.Worker: answers each call as the test says."""
+    """In place of benchmarks.process.run: each call writes the rows that the test has for it."""
 
-    def __init__(
-        self, answer: Callable[[Any], dict[str, Any]], unavailable: dict[str, str]
-    ) -> None:
-        self.answer, self.missing, self.asked = answer, unavailable, []
+    def __init__(self, done: type, *calls: tuple[int | None, list[dict[str, Any]]]) -> None:
+        self.done, self.calls, self.asked = done, list(calls), []
 
-    def call(self, function: Callable[..., Any], *arguments: Any, limit_s: float) -> Any:
-        assert limit_s > 0
-        match function.__name__:
-            case "measure_here":
-                self.asked.append(arguments)
-                return self.answer(arguments[0])
-            case "unavailable":
-                return self.missing
-            case "machine":
-                return {"processor": "made up", "cores": 1}
-            case "versions":
-                return {"torch": "0.0"}
-        raise AssertionError(function)
-
-    def close(self) -> None:
-        pass
-
-
-TIMES = {"torch_ms": 2.0, "fused_ms": 1.0, "ratio": 2.0, "ratio_quartiles": [1.9, 2.1]}
+    def __call__(self, command: list[str], log: Path, limit_s: float, **_: Any) -> Any:
+        self.asked.append({of.split("=")[0]: of.split("=")[-1] for of in command[3:]})
+        path = Path(self.asked[-1]["--out"])
+        document = json.loads(path.read_text())
+        code, rows = self.calls.pop(0)
+        document["rows"] += rows
+        if code == 0 and not rows:
+            document["skipped"] = {"rows": 1, "first": "made up"}
+        path.write_text(json.dumps(document))
+        return self.done(code, 1.0, [])
 
 
 @pytest.fixture
-def start(benchmarks: ModuleType, tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    """Makes a Run whose worker is a Script."""
-    runs = []
+def start(
+    benchmarks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    """Makes a Run whose rows are a Script's."""
 
-    def start(
-        answer: Callable[[Any], dict[str, Any]],
-        *,
-        missing: dict[str, str] | None = None,
-        **options: Any,
-    ) -> Any:
-        asked: dict[str, Any] = {"device": "cpu", "minutes": 1.0, "backends": ("cpu",),
-                                 "suite": "smoke", "repeats": 2, "min_time": 0.0}  # fmt: skip
-        run = benchmarks.gpu.Run(out=tmp_path, **{**asked, **options})
-        run.worker = Script(answer, missing or {})
-        run.describe(None)
-        runs.append(run)
+    def start(*calls: tuple[int | None, list[dict[str, Any]]], **options: Any) -> Any:
+        script = Script(benchmarks.process.Done, *calls)
+        monkeypatch.setattr(benchmarks.gpu, "run", script)
+        asked = {"minutes": 1.0, "backends": ("cpu",), "suite": "smoke", "repeats": 2}
+        run = benchmarks.gpu.Run(tmp_path, device="cpu", **asked | {"min_time": 0.0} | options)
+        run.script = script
         return run
 
-    yield start
-    for run in runs:
-        run.close()
+    return start
 
 
-def written(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "made-up-1-cores-gpu-cpu.json").read_text())
+GOOD = {"case": "a", "B": 1, "T": 1, "I": 1, "H": 1, "dtype": "fp32", "pass": "forward"}
+BAD = {**GOOD, "error": "made up"}
 
 
-def test_a_row_that_fails_is_recorded_and_passed_over(
-    benchmarks: ModuleType, start: Callable[..., Any], tmp_path: Path
+@pytest.mark.parametrize(
+    ("calls", "state"),
+    [
+        ([(0, [GOOD, GOOD])], "done"),
+        ([(1, [GOOD, BAD]), (-11, [BAD]), (0, [GOOD])], "failed"),  # and went on behind each
+        ([(1, [])], "failed"),  # not a row: it does not even start
+        ([(0, [])], "cut"),
+    ],
+)
+def test_rows_go_on_in_a_new_process(
+    benchmarks: ModuleType, start: Callable[..., Any], calls: Any, state: str
 ) -> None:
-    def answer(row: Any) -> dict[str, Any]:
-        document = json.loads(next(tmp_path.glob("*.json")).read_text())
-        assert len(document["rows"]) == len(run.worker.asked) - 1  # written after every row
-        if row.dtype == "bf16":
-            raise benchmarks.process.Failure("the process ended with status -11")
-        return TIMES
-
-    run = start(answer)
-    assert not benchmarks.gpu.run_stages(run, ("suite",))
-    rows = written(tmp_path)["rows"]
-    assert [row.get("error", row.get("ratio")) for row in rows] == [
-        2.0, 2.0, *["the process ended with status -11"] * 2, 2.0,
-        "the process ended with status -11",
-    ]  # fmt: skip
-    assert written(tmp_path)["stages"]["suite"]["state"] == "failed"
-    assert "the process ended with status -11" in (tmp_path / "gpu.txt").read_text()
+    run = start(*calls)
+    assert benchmarks.gpu.run_stages(run, ["suite"]) == (state in ("done", "cut"))
+    document = json.loads(run.report.path.read_text())
+    assert document["stages"]["suite"]["state"] == state
+    assert len(run.script.asked) == len(calls)
+    assert len(document["rows"]) == sum(len(rows) for _, rows in calls)
+    assert all(asked["--backend"] == "cpu" for asked in run.script.asked)
 
 
-def test_what_no_longer_fits_is_named(
-    benchmarks: ModuleType, start: Callable[..., Any], tmp_path: Path
-) -> None:
-    run = start(lambda row: TIMES, min_time=0.5)
-
-    def slow(row: Any) -> dict[str, Any]:
-        if len(run.worker.asked) == 2:
-            run.start -= 55  # of the minute
-        return TIMES
-
-    run.worker.answer = slow
-    run.look()
-    facts = run.measure("smoke", ("cpu",), run.limit("suite"))
-    assert facts["state"] == "done"  # the stage's own limit was set before
-    run.start -= 5
-    run.measured.clear()
-    assert benchmarks.gpu.run_stages(run, ("suite", "tests"))
-    document = written(tmp_path)
-    assert {name: stage["state"] for name, stage in document["stages"].items()} == {
-        "suite": "skipped", "tests": "skipped",
-    }  # fmt: skip
-    run.start = time.monotonic() - 53.5  # 2.5 s left, and a row wants 1.5 + 1
-    benchmarks.gpu.run_stages(run, ("suite",))
-    skipped = written(tmp_path)["skipped"]
-    assert skipped == {"rows": 6, "first": "small B3 T5 I4 H17 cpu"}
-    assert written(tmp_path)["stages"]["suite"]["state"] == "cut"
+def test_no_stage_is_begun_without_time(benchmarks: ModuleType, start: Callable[..., Any]) -> None:
+    run = start(minutes=0.1)  # less than is kept in reserve
+    assert benchmarks.gpu.run_stages(run, ["suite", "tests"])
+    stages = run.report.document["stages"]
+    assert [stages[name]["state"] for name in ("suite", "tests")] == ["skipped"] * 2
 
 
-@pytest.mark.parametrize("backends", [(None,), ("cpu", "triton")])
-def test_nn_lstm_alone(
-    benchmarks: ModuleType,
-    start: Callable[..., Any],
-    tmp_path: Path,
-    backends: tuple[str | None, ...],
-) -> None:
-    """Asked for, or because ours did not build; another backend of ours still has its rows."""
-    missing = {"cpu": "not built"} if backends[0] else None
-    alone = {"torch_ms": 2.0, "pairs": 4, "calls": 1}
-    run = start(lambda row: alone if row.backend is None else TIMES,
-                backends=backends, missing=missing)  # fmt: skip
-    assert benchmarks.gpu.run_stages(run, ("tests", "sanitizer", "suite"))
-    document = written(tmp_path)
-    assert document["tests"]["why"] == "nn.LSTM is measured alone"
-    assert document.get("unavailable") == missing
-    assert [row.get("backend") for row in document["rows"]] == [None] * 6 + [*backends[1:] * 6]
-    assert all(peers_only == (row.backend is None) for row, *_, peers_only in run.worker.asked)
-    assert "small B3 T5 I4 H17 " in (tmp_path / "gpu.txt").read_text()
-
-
-def test_a_failed_build_leaves_nn_lstm(
-    benchmarks: ModuleType,
-    start: Callable[..., Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_nothing_is_measured_after_a_failed_build(
+    benchmarks: ModuleType, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An older package that Python may find is not what was asked for."""
     failed = {"state": "failed", "seconds": 1.0, "errors": ["made up"]}
-    monkeypatch.setattr(benchmarks.stages, "build", lambda *_: failed)
-    run = start(lambda row: {"torch_ms": 2.0, "pairs": 4, "calls": 1})
-    assert not benchmarks.gpu.run_stages(run, ("build", "suite"))
-    document = written(tmp_path)
-    assert document["build"] == failed and document["unavailable"] == {"cpu": "the build failed"}
-    assert len(document["rows"]) == 6 and all("fused_ms" not in row for row in document["rows"])
+    monkeypatch.setattr(benchmarks.gpu.Run, "found", lambda *_: failed)
+    run = start()
+    assert not benchmarks.gpu.run_stages(run, ["build", "suite"], "0123456789ab")
+    document = json.loads(run.report.path.read_text())
+    assert document["build"] == failed and list(document["stages"]) == ["build"]
+    assert document["commit"] == "0123456789ab" and document["rows"] == []
 
 
-def test_unavailable_backends_are_explained(benchmarks: ModuleType) -> None:
-    missing = benchmarks.gpu.unavailable(("cpu", "fast", "reference"))
-    assert list(missing) == ["fast"] and "unknown backend 'fast'" in missing["fast"]
+def test_without_a_backend_nothing_is_measured(
+    benchmarks: ModuleType, start: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not benchmarks.gpu.run_stages(start(backends=("fast",)), ["suite"])
+    assert "not measured: fast: unknown backend 'fast'" in capsys.readouterr().out
 
 
 def test_rows_of_the_gpu_suite(benchmarks: ModuleType) -> None:
     rows = benchmarks.suites.rows("gpu", ("cuda", "triton"))
     assert len(set(rows)) == len(rows)
-    assert [(row.case.hidden_size, row.case.B, row.case.T, row.dtype) for row in rows[:6]] == [
-        *[(768, 16, 1024, "bf16")] * 3, *[(768, 16, 1024, "fp16")] * 3,
+    assert [(row.case.hidden_size, row.case.B, row.case.T, row.dtype) for row in rows[:4]] == [
+        *[(768, 16, 1024, "bf16")] * 2, *[(768, 16, 1024, "fp16")] * 2,
     ]  # fmt: skip
     assert {row.backend for row in rows} == {"cuda", "triton"}
     assert rows[0].backend == "cuda"
     ours = benchmarks.suites.rows("gpu", ("cuda",))
     assert ours == [row for row in rows if row.backend == "cuda"]
-    alone = benchmarks.suites.rows("gpu", (None,))
-    assert [(r.case, r.dtype, r.pass_) for r in alone] == [(r.case, r.dtype, r.pass_) for r in ours]
     for row in rows:  # each has a name that finds it
         assert row.case in benchmarks.suites.SUITES[row.suite].cases
 
 
-def test_published_figures_stand_beside_their_case_only(benchmarks: ModuleType) -> None:
-    of = benchmarks.published.of
-    row = {"B": 16, "T": 1024, "I": 768, "H": 768, "pass": "forward", "torch_ms": 2.0,
-           "fused_ms": 1.5}  # fmt: skip
-    assert of(row)["FlashRNN bf16 H100 SXM"] == {"ms": 4.87, "over_fused": 3.247,
-                                                 "over_torch": 2.435}  # fmt: skip
-    assert of({**row, "pass": "forward+backward"})["nn.LSTM fp16 H100 SXM"]["ms"] == 5.19
-    for other in ({"B": 8}, {"I": 64}, {"shortest": 3}, {"pass": "forward, graph"}):
-        assert of({**row, **other}) == {}
+# -- processes --
 
 
-# -- processes ----------------------------------------------------------------------------------
+def named_or_lost(side: str, row: Any) -> str:
+    """What a side's process does in the test below."""
+    if row == "raises":
+        raise ValueError(f"made up\nat {PYTHON}")
+    if row == "dies":
+        os._exit(3)
+    if row == "hangs":
+        time.sleep(600)
+    return f"{side} {os.getpid()}"
 
 
-def test_worker_outlives_what_it_calls(benchmarks: ModuleType, tmp_path: Path) -> None:
-    worker = benchmarks.process.Worker(tmp_path / "worker.log")
-    failure = benchmarks.process.Failure
-    try:
-        assert worker.call(operator.add, 1, 2, limit_s=60) == 3
-        first = worker.call(os.getpid, limit_s=60)
-        with pytest.raises(failure, match="ValueError: .*domain|ValueError: expected"):
-            worker.call(math.sqrt, -1, limit_s=60)
-        assert worker.call(os.getpid, limit_s=60) == first
-        with pytest.raises(failure, match="ended with status 3"):
-            worker.call(os._exit, 3, limit_s=60)
-        with pytest.raises(failure, match="no answer in 1 s"):
-            worker.call(time.sleep, 600, limit_s=1)
-        assert worker.call(os.getpid, limit_s=60) != first
-        worker.call(os.write, 1, b"printed\n", limit_s=60)
-    finally:
-        worker.close()
-    assert "printed" in (tmp_path / "worker.log").read_text()
+@pytest.mark.parametrize(
+    ("row", "error"),
+    [("raises", "torch: ValueError: made up"), ("hangs", "torch: over 5 s"),
+     ("dies", "torch: the process ended with status 3")],
+)  # fmt: skip
+def test_a_side_that_fails_is_recorded(benchmarks: ModuleType, row: str, error: str) -> None:
+    limit_s = 5 if row == "hangs" else 60
+    facts = benchmarks.process.each_side(named_or_lost, row, unit="ms", limit_s=limit_s)
+    assert list(facts) == ["error"] and facts["error"].startswith(error)
+    assert str(PYTHON) not in facts["error"]
+
+
+def test_each_side_has_a_process_of_its_own(benchmarks: ModuleType) -> None:
+    facts = benchmarks.process.each_side(named_or_lost, "is well", unit="ms", limit_s=60)
+    (torch_, a), (fused, b) = facts["torch_ms"].split(), facts["fused_ms"].split()
+    assert (torch_, fused) == ("torch", "fused")
+    assert len({a, b, str(os.getpid())}) == 3
 
 
 def test_program_at_its_limit_ends_with_all_it_started(
@@ -296,7 +230,7 @@ def test_program_at_its_limit_ends_with_all_it_started(
     assert (tmp_path / "log").read_text() == "started\n"
 
 
-# -- stages -------------------------------------------------------------------------------------
+# -- stages --
 
 SETUP = """
 import os
@@ -320,17 +254,17 @@ def test_build(
     checkout, package = tmp_path / "checkout", tmp_path / "package"
     checkout.mkdir()
     (checkout / "setup.py").write_text(SETUP)
-    monkeypatch.setattr(benchmarks.report, "ROOT", checkout)
+    monkeypatch.setattr(benchmarks.stages, "ROOT", checkout)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("MAX_JOBS", "2" if good else "0")
     monkeypatch.setenv("PYTHONPATH", "before")
-    facts = benchmarks.stages.build("9.0", tmp_path / "build.log", 120, package)
+    facts = benchmarks.stages.build("9.0a", tmp_path / "build.log", 120, package)
     assert (tmp_path / "build.log").read_text()
     if not good:
         assert facts["state"] == "failed" and any("no jobs" in line for line in facts["errors"])
         assert str(tmp_path) not in json.dumps(facts)
         return
-    assert facts["state"] == "done" and facts["from_scratch"] and facts["within_limit"]
+    assert facts["state"] == "done"
     assert facts["TORCH_CUDA_ARCH_LIST"] == "9.0a" and facts["FUSED_LSTM_CUDA"] == "1"
     assert os.environ["PYTHONPATH"] == f"{package}{os.pathsep}before"
     import fused_lstm_trial
@@ -352,8 +286,7 @@ def test_tests_stage(benchmarks: ModuleType, tmp_path: Path) -> None:
     facts = benchmarks.stages.tests(log, 60, selections)
     assert facts["state"] == "failed"
     assert facts["outcomes"] == {"passed": 2, "failed": 1, "skipped": 2}
-    states = [text.split()[0] for text in facts["selections"].values()]
-    assert states == ["failed", "done", "skipped"]
+    assert list(facts["selections"].values()) == ["failed", "done", "skipped"]
     (failure,) = facts["failures"]
     assert "test_it[2]" in failure
 
@@ -370,7 +303,7 @@ def test_a_cut_tests_stage_names_its_failures(benchmarks: ModuleType, tmp_path: 
     facts = benchmarks.stages.tests(tmp_path / "tests.log", 12, selections)
     assert facts["state"] == "failed"
     assert "test_bad" in facts["failures"][0]
-    assert facts["selections"]["late"].startswith("skipped")
+    assert facts["selections"] == {"slow": "cut", "late": "cut"}
 
 
 def test_a_lost_gpu_does_not_take_the_other_tests_along(
@@ -398,12 +331,12 @@ MEMCHECK = "========= ERROR SUMMARY: {} errors"
 @pytest.mark.parametrize(
     ("code", "lines", "state"),
     [
-        (0, ["odd, fp32, forward: right", MEMCHECK.format(0)], "done"),
+        (0, ["odd fp32 forward distance 0", MEMCHECK.format(0)], "done"),
         (86, ["========= Invalid __global__ write", MEMCHECK.format(2)], "failed"),
-        (1, ["odd, fp32, forward: wrong: output", MEMCHECK.format(0)], "failed"),
+        (1, ["Error: WrongResult: odd, fp32: wrong: output", MEMCHECK.format(0)], "failed"),
         (1, ["========= Error: Device not supported."], "skipped"),
         (0, ["nothing was checked"], "failed"),
-        (None, ["odd, fp32, forward: right"], "cut"),
+        (None, ["odd fp32 forward distance 0"], "cut"),
     ],
 )
 def test_sanitizer_verdict(
@@ -411,48 +344,42 @@ def test_sanitizer_verdict(
 ) -> None:
     facts = benchmarks.stages.checked(benchmarks.process.Done(code, 1.0, lines))
     assert facts["state"] == state
-    assert facts["right"] == sum("right" in line for line in lines)
+    assert facts["right"] == sum("distance" in line for line in lines)
     if state == "failed" and code:
         assert facts["errors"]
 
 
-def test_small_run_is_right_and_sees_what_is_wrong(
+def test_small_runs_are_right_and_see_what_is_wrong(
     benchmarks: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import benchmarks.small_run as small_run
-
-    cpu = torch.device("cpu")
-    case = small_run.CASES[2]
-    for pass_ in case.passes:
-        assert small_run.wrong(case, "bf16", pass_, cpu) == []
+    measure, rows = benchmarks.measure, benchmarks.suites.rows("odd", dtypes=("bf16",))
+    for row in rows[-2:]:  # all options, both passes
+        assert measure.checked(row, "cpu")["distance"] < measure.BROKEN
 
     class Wrong(torch.nn.LSTM):
         def forward(self, *args):  # type: ignore[no-untyped-def]
             output, states = super().forward(*args)
             return output * 1.2, states
 
-    monkeypatch.setattr("fused_lstm.FusedLSTM", Wrong)
-    assert small_run.wrong(small_run.CASES[0], "fp32", "forward", cpu) == ["output"]
+    monkeypatch.setattr(measure, "FusedLSTM", Wrong)
+    with pytest.raises(measure.WrongResult, match="odd, bf16: wrong: output"):
+        measure.checked(rows[0], "cpu")
 
 
 def test_micro_compiles(benchmarks: ModuleType, tmp_path: Path) -> None:
-    if benchmarks.stages.nvcc() is None:
+    if benchmarks.stages.program("nvcc") is None:
         pytest.skip("nvcc was not found")
-    binary = tmp_path / "micro"
     both = ("-gencode", "arch=compute_80,code=sm_80", "--threads", "2")  # the oldest too
-    facts = benchmarks.stages.compile_micro(binary, "9.0a", tmp_path / "log", 240, *both)
-    assert facts["state"] == "done" and binary.exists(), facts
-    assert "warning" not in (tmp_path / "log").read_text()
-    if torch.cuda.is_available():
-        return
-    found = benchmarks.stages.micro(binary, tmp_path / "log", 60)
-    assert found["state"] == "failed" and "error" in found["measured"]["device"]
+    facts = benchmarks.stages.micro("9.0a", tmp_path / "log", 240, *both)
+    assert "errors" not in facts and "warning" not in (tmp_path / "log").read_text(), facts
+    if not torch.cuda.is_available():
+        assert facts["state"] == "failed" and "error" in facts["measured"]["device"]
 
 
 def test_micro_output(benchmarks: ModuleType) -> None:
-    lines = ['{"name": "grid.sync", "value": 1.1, "unit": "us"}', "not JSON", "[1]", "{}",
-             '{"name": "flag hop", "error": "a wait was given up"}']  # fmt: skip
+    lines = ['{"name": "flag hop", "value": 0.59, "unit": "us"}', "not JSON",
+             '{"name": "data hop", "error": "a wait was given up"}']  # fmt: skip
     assert benchmarks.stages.measurements(lines) == {
-        "grid.sync": {"value": 1.1, "unit": "us"},
-        "flag hop": {"error": "a wait was given up"},
+        "flag hop": {"value": 0.59, "unit": "us"},
+        "data hop": {"error": "a wait was given up"},
     }

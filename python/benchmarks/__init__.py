@@ -1,6 +1,5 @@
 """Benchmarks of fused_lstm and torch.nn.LSTM; run from `python/`.
 
-`python -m benchmarks.lstm` measures one suite, `python -m benchmarks.memory` peak memory on a CPU,
-`python -m benchmarks.gpu` does all that a GPU machine is wanted for, `python -m benchmarks.plot`
-makes the README's tables and plots of results.
+`python -m benchmarks.lstm` measures one suite, `python -m benchmarks.gpu` does all that a GPU
+machine is wanted for, `python -m benchmarks.plot` makes the README's tables and plots of results.
 """

@@ -2,49 +2,48 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
 import subprocess
-import time
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import report
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 # Of all the processor's flags, those an LSTM kernel could be written for (x86-64, then arm64).
-INSTRUCTION_SETS = [
-    "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni",
-    "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16", "asimd", "asimdhp", "asimddp",
-    "bf16", "i8mm", "sve", "sve2", "sme",
-]  # fmt: skip
-
-# Settings that change how fast either side runs.
-ENVIRONMENT = [
-    "FUSED_LSTM_BACKEND", "FUSED_LSTM_CPU", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA",
-    "OMP_NUM_THREADS", "OMP_PROC_BIND", "OMP_PLACES", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT",
-    "KMP_BLOCKTIME", "KMP_AFFINITY", "MKL_NUM_THREADS", "CUDA_LAUNCH_BLOCKING",
-]  # fmt: skip
+INSTRUCTION_SETS = (
+    "avx2 fma f16c avx_vnni avx512f avx512bw avx512dq avx512vl avx512_vnni avx512_bf16 avx512_fp16 "
+    "amx_tile amx_bf16 amx_fp16 asimd asimdhp asimddp bf16 i8mm sve sve2 sme"
+).split()
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def machine(device: str) -> dict[str, Any]:
     """Processor and, for a CUDA device, the GPU."""
-    cpuinfo = _cpuinfo()
+    cpu, (backends, _) = _lscpu(), library()
+    # torch knows arm's and Apple's names too, but only lately.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    # Virtual machines often hide the model in the name; these three numbers still tell it.
+    family = [cpu.get(key, "") for key in ("CPU family", "Model", "Stepping")]
+    cores = [cpu.get(key, "") for key in ("Socket(s)", "Core(s) per socket")]
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     facts: dict[str, Any] = {
-        "processor": _processor_name(cpuinfo),
-        "family_model_stepping": _family(cpuinfo),
-        "cores": _cores(cpuinfo),
-        "cpus_usable": _cpus_usable(),
-        "caches": _caches(),
-        "instruction_sets": _instruction_sets(cpuinfo),
-        "instruction_set": _instruction_set(),
+        "processor": capabilities.get("cpu_name") or cpu.get("Model name") or platform.machine(),
+        "family_model_stepping": "/".join(family) if all(family) else None,
+        "cores": math.prod(int(of) if of.isdigit() else 0 for of in cores) or os.cpu_count(),
+        "cpus_usable": len(affinity(0)),
+        "caches": {key[:3].strip(): of for key, of in cpu.items() if key.endswith(" cache")},
+        "instruction_sets": [of for of in cpu.get("Flags", "").split() if of in INSTRUCTION_SETS],
+        "instruction_set": backends and backends.instruction_set,
         "system": f"{platform.system()} {platform.machine()}",
     }
-    if device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
         facts["gpu"] = gpu.name
         facts["gpu_capability"] = f"{gpu.major}.{gpu.minor}"
         facts["gpu_processors"] = gpu.multi_processor_count
@@ -58,14 +57,11 @@ def name(facts: dict[str, Any]) -> str:
     AVX2 or AVX-512, and a virtual machine hides the rest of it."""
     if facts.get("gpu"):
         return facts["gpu"]
-    parts = [re.sub(r"\((r|tm)\)", "", facts["processor"], flags=re.IGNORECASE)]
-    if facts.get("family_model_stepping"):
-        parts[0] += " " + facts["family_model_stepping"].rpartition("/")[0]
-    if facts.get("instruction_set"):
-        parts.append(facts["instruction_set"])
-    if facts.get("cores"):
-        parts.append(f"{facts['cores']} cores")
-    return ", ".join(parts)
+    processor = re.sub(r"\((r|tm)\)", "", facts["processor"], flags=re.IGNORECASE)
+    family = (facts.get("family_model_stepping") or "").rpartition("/")[0]
+    cores = f"{facts['cores']} cores" if facts.get("cores") else None
+    parts = (f"{processor} {family}".strip(), facts.get("instruction_set"), cores)
+    return ", ".join(filter(None, parts))
 
 
 def slug(facts: dict[str, Any]) -> str:
@@ -73,149 +69,77 @@ def slug(facts: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name(facts).lower()).strip("-")
 
 
-def versions(device: torch.device) -> dict[str, Any]:
-    """Versions, and the lines of `fused_lstm.backends()`: what was built, by which compiler."""
-    facts: dict[str, Any] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        **library(),
-    }
-    if device.type == "cuda":
-        facts["cuda"] = torch.version.cuda
-        facts["cudnn"] = torch.backends.cudnn.version()
-    return facts
-
-
-def library() -> dict[str, Any]:
-    """fused_lstm's version and the lines of its table, or why it can't be loaded: nn.LSTM is
+def library() -> tuple[Any, str]:
+    """fused_lstm.backends() and its version, or None and why it can't be loaded: nn.LSTM is
     measured alone on a machine where it isn't built."""
     try:
         from fused_lstm import backends
 
-        lines = str(backends()).splitlines()
-        return {"fused_lstm": metadata.version("fused_lstm"), "backends": lines}
-    except (ImportError, OSError, metadata.PackageNotFoundError) as error:
-        words = str(error).partition("\n")[0]
-        return {"fused_lstm": report.without_paths(f"can't be imported: {words}")}
+        found = [of.version for of in metadata.distributions(name="fused_lstm")]
+        return backends(), found[0] if found else "not installed"
+    except (ImportError, OSError) as error:
+        words = without_paths(str(error)).partition("\n")[0]
+        return None, f"fused_lstm can't be imported: {words}"
 
 
-def environment() -> dict[str, str]:
-    return {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+def unavailable(names: tuple[str, ...]) -> dict[str, str]:
+    """Which of these backends can't be measured, and why."""
+    backends, why = library()
+    if backends is None:
+        return dict.fromkeys(names, why)
+    there = {line.name: line for line in backends.table}
+    missing = {name: f"unknown backend {name!r}" for name in names if name not in there}
+    return missing | {n: of.detail for n, of in there.items() if n in names and not of.available}
 
 
-def load() -> float | None:
-    """Processes that wanted a core in the last minute: what else the machine was doing."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-
-
-def taken_by_others() -> float | None:
-    """Seconds of all cores that other programs have had so far; None where that is not told."""
-    try:
-        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
-    except OSError:
-        return None
-    # user, nice, system, idle, iowait, irq, softirq, steal; what follows is in user already.
-    taken = sum(int(ticks) for at, ticks in enumerate(fields[1:9]) if at not in (3, 4))
-    return taken / os.sysconf("SC_CLK_TCK") - time.process_time()
+def versions(device: str) -> dict[str, Any]:
+    """Versions, and the lines of `fused_lstm.backends()`: what was built, by which compiler."""
+    backends, version = library()
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "fused_lstm": version,
+    }
+    if backends:
+        facts["backends"] = str(backends).splitlines()
+    if device == "cuda":
+        facts |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    return facts
 
 
 def commit(folder: Path = Path(__file__).parent) -> dict[str, Any]:
     """The commit of the checkout that `folder` is in, and whether anything but results differs
     from it ("dirty"); empty where there is no git or no commit."""
     # A read-only look: no lock is taken, so it can't get in the way of another git.
-    git = ["git", "--no-optional-locks", "-C", str(folder)]
-    status = ["status", "--porcelain", "--", ":/", ":(top,exclude)python/benchmarks/results"]
+    git = ("git", "--no-optional-locks", "-C", str(folder))
+    status = ("status", "--porcelain", "--", ":/", ":(top,exclude)python/benchmarks/results")
     try:
-        head = _output([*git, "rev-parse", "--short=12", "HEAD"])
-        return {"commit": head, "dirty": bool(_output([*git, *status]))}
+        head = _output(*git, "rev-parse", "--short=12", "HEAD")
+        return {"commit": head, "dirty": bool(_output(*git, *status))}
     except (OSError, subprocess.CalledProcessError):
         return {}
 
 
-def document(benchmark: str, suite: str, device: torch.device, threads: int) -> dict[str, Any]:
-    """A report of this process and this machine, without rows yet: report.py says what is in it."""
-    return {
-        "format": report.FORMAT,
-        "benchmark": benchmark,
-        "suite": suite,
-        "device": device.type,
-        "threads": threads,
-        "machine": machine(device),
-        "versions": versions(device),
-        "environment": environment(),
-        "load": load(),
-        **commit(),
-        "rows": [],
-    }
+def without_paths(text: str) -> str:
+    """The same text with this machine's folders taken out: results are published."""
+    folders = {str(ROOT): ".", sys.prefix: "<python>", sys.base_prefix: "<python>",
+               str(Path.home()): "~"}  # fmt: skip
+    for folder in sorted(folders, key=len, reverse=True):
+        if len(folder) > 1:
+            text = text.replace(folder, folders[folder])
+    return text
 
 
-def _output(command: list[str]) -> str:
+def _lscpu() -> dict[str, str]:
+    """What Linux says of its processor; empty elsewhere."""
+    try:
+        text = _output("env", "LC_ALL=C", "lscpu")
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return dict(re.findall(r"^ *([^:\n]+): +(.+)$", text, re.MULTILINE))
+
+
+def _output(*command: str) -> str:
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return done.stdout.strip()
-
-
-def _cpuinfo() -> list[dict[str, str]]:
-    """/proc/cpuinfo, one dict for each processor; empty where there is none."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return []
-    blocks = [re.findall(r"^([^\t:]+)\s*:[ \t]*(.*)$", b, re.MULTILINE) for b in text.split("\n\n")]
-    return [dict(block) for block in blocks if block]
-
-
-def _processor_name(cpuinfo: list[dict[str, str]]) -> str:
-    # torch knows arm's and Apple's names too, but only lately.
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    listed = cpuinfo[0].get("model name") if cpuinfo else None
-    return capabilities.get("cpu_name") or listed or platform.processor() or platform.machine()
-
-
-def _family(cpuinfo: list[dict[str, str]]) -> str | None:
-    """Virtual machines often hide the model in the name; these three numbers still tell it."""
-    names = ("cpu family", "model", "stepping")
-    if cpuinfo and all(name in cpuinfo[0] for name in names):
-        return "/".join(cpuinfo[0][name] for name in names)
-    return None
-
-
-def _cores(cpuinfo: list[dict[str, str]]) -> int | None:
-    cores = {(c.get("physical id"), c["core id"]) for c in cpuinfo if "core id" in c}
-    return len(cores) or os.cpu_count()
-
-
-def _cpus_usable() -> int | None:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
-
-
-def _caches() -> dict[str, str]:
-    """Of the first processor, such as {"L1d": "48K", "L2": "1024K"}; empty where not told."""
-    caches = {}
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        try:
-            level, kind, size = (
-                (index / name).read_text().strip() for name in ("level", "type", "size")
-            )
-        except OSError:
-            continue
-        caches[f"L{level}" + {"Data": "d", "Instruction": "i"}.get(kind, "")] = size
-    return caches
-
-
-def _instruction_set() -> str | None:
-    """The one that fused_lstm uses; None where it can't be loaded."""
-    try:
-        from fused_lstm import backends
-    except (ImportError, OSError):
-        return None
-    return backends().instruction_set
-
-
-def _instruction_sets(cpuinfo: list[dict[str, str]]) -> list[str]:
-    if not cpuinfo:
-        return []
-    flags = (cpuinfo[0].get("flags") or cpuinfo[0].get("Features") or "").split()
-    return [name for name in INSTRUCTION_SETS if name in flags]

@@ -6,13 +6,11 @@ what has been measured by then is worth keeping.
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,6 +18,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from benchmarks.machine import ROOT, without_paths
+from benchmarks.suites import Row
 
 LOG_BYTES = 4 << 20  # of a program's output that are kept
 
@@ -42,142 +43,65 @@ class Done:
 
 
 def run(
-    command: list[str],
-    log: Path,
-    *,
-    limit_s: float,
-    cwd: Path | None = None,
-    environment: dict[str, str] | None = None,
+    command: list[str], log: Path, limit_s: float, *, cwd: Path = ROOT, **environment: str
 ) -> Done:
-    """Run a program; its output goes to `log` as it comes. Raises OSError if it can't be started.
+    """Run a program; its output is appended to `log` as it comes. Raises OSError if it can't start.
 
-    At the limit it is asked to end, and a moment later made to.
+    At the limit its group is asked to end, for what it started may outlive it, and a moment later
+    made to. An interrupt comes first: pytest then says which tests failed.
     """
     start = time.monotonic()
-    log.parent.mkdir(parents=True, exist_ok=True)
-    process = subprocess.Popen(
-        command, cwd=cwd, env={**os.environ, **(environment or {})}, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", **_GROUP,
-    )  # fmt: skip
-    lines: list[str] = []
-    reader = threading.Thread(target=_copy, args=(process.stdout, log, lines), daemon=True)
-    reader.start()
-    code: int | None
-    try:
-        code = process.wait(limit_s)
-    except subprocess.TimeoutExpired:
-        code = None
-    finally:  # also when this process is asked to end
-        _end(process)
-    reader.join(5)
-    return Done(code, round(time.monotonic() - start, 1), list(lines))
-
-
-def _copy(stream: Any, log: Path, lines: list[str]) -> None:
-    """Each line as it comes to the end of `log` and of `lines`, up to LOG_BYTES."""
-    written = 0
-    with log.open("a", encoding="utf-8") as file:
-        for line in stream:
-            written += len(line)
-            if written <= LOG_BYTES:
-                file.write(line)
-                file.flush()
-                lines.append(line.rstrip("\n"))
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """End the program's group: what it started may outlive it. An interrupt comes first: pytest
-    then says which tests failed."""
-    for signal_ in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal_)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(3)
-
-
-class Failure(Exception):
-    """A call that raised, died or did not answer; str() says which."""
-
-
-class Worker:
-    """A process that runs one Python call after another; started again when one ended it.
-
-    Its environment and sys.path are those of this process at its start. What it prints goes to
-    `log`.
-    """
-
-    def __init__(self, log: Path) -> None:
-        self._log = log
-        self._process: Any = None
-        self._connection: Connection | None = None
-
-    def call(self, function: Callable[..., Any], *arguments: Any, limit_s: float) -> Any:
-        """What `function`, a module's own, returns. Raises Failure."""
-        if self._process is None:
-            self._start()
-        assert self._connection is not None
+    code: int | None = None
+    with log.open("a+b") as file:
+        before = file.seek(0, os.SEEK_END)
+        process = subprocess.Popen(
+            command, cwd=cwd, env={**os.environ, **environment}, **_GROUP,
+            stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
         try:
-            self._connection.send((function, arguments))
-            if not self._connection.poll(limit_s):
-                self.close()
-                raise Failure(f"no answer in {limit_s:.0f} s: the process was ended")
-            good, answer, alive = self._connection.recv()
-        except (EOFError, OSError) as error:
-            self._process.join(5)
-            code = self._process.exitcode
-            self.close()
-            raise Failure(f"the process ended with status {code}") from error
-        if not alive:
-            self.close()
-        if not good:
-            raise Failure(answer)
-        return answer
+            with suppress(subprocess.TimeoutExpired):
+                code = process.wait(limit_s)
+        finally:  # also when this process is asked to end
+            for signal_ in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal_)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(3)
+        file.seek(before)
+        output = file.read(LOG_BYTES)
+        file.truncate()
+    lines = output.decode(errors="replace").splitlines()
+    return Done(code, round(time.monotonic() - start, 1), lines)
 
-    def close(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.join(10)
-            self._process = self._connection = None
 
-    def _start(self) -> None:
-        spawn = multiprocessing.get_context("spawn")  # CUDA doesn't survive a fork
-        self._connection, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_serve, args=(theirs, str(self._log)), daemon=True)
-        self._process.start()
+def each_side(
+    function: Callable[[str, Row], Any], row: Row, *, unit: str, limit_s: float
+) -> dict[str, Any]:
+    """What `function` returns in a fresh process for each side, as `torch_<unit>` and
+    `fused_<unit>`; `error` in place of them where it fails."""
+    facts = {}
+    spawn = multiprocessing.get_context("spawn")
+    for side in ("torch", "fused"):
+        ours, theirs = spawn.Pipe(duplex=False)
+        process = spawn.Process(target=_answer, args=(theirs, function, side, row))
+        process.start()
         theirs.close()
-
-
-def _serve(connection: Connection, log: str) -> None:
-    """The worker's side: answers (good, answer, whether the process can go on)."""
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    while True:
         try:
-            function, arguments = connection.recv()
+            error, answer = ours.recv() if ours.poll(limit_s) else (f"over {limit_s:g} s", None)
         except EOFError:
-            return
-        try:
-            connection.send((True, function(*arguments), True))
-            continue
-        except Exception as error:  # noqa: BLE001 - whatever it is, it belongs into the report
-            first = str(error).strip().partition("\n")[0]
-            message = f"{type(error).__name__}: {first}"[:400]
-        alive = _recovered()
-        connection.send((False, message, alive))
-        if not alive:
-            return
+            process.join(5)
+            error = f"the process ended with status {process.exitcode}"
+        finally:
+            process.kill()
+            process.join()
+        if error:
+            return {"error": without_paths(f"{side}: {error}")}
+        facts[f"{side}_{unit}"] = answer
+    return facts
 
 
-def _recovered() -> bool:
-    """Whether the GPU still serves this process; memory of what failed is given back."""
-    torch = sys.modules.get("torch")
-    gc.collect()
-    if torch is None or not torch.cuda.is_initialized():
-        return True
+def _answer(to: Connection, function: Callable[[str, Row], Any], side: str, row: Row) -> None:
     try:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-    except RuntimeError:  # after an illegal access every call fails
-        return False
-    return True
+        to.send((None, function(side, row)))
+    except Exception as error:  # noqa: BLE001 - whatever it is, it belongs into the report
+        to.send((f"{type(error).__name__}: {error}"[:400], None))

@@ -1,4 +1,4 @@
-"""The one format every benchmark reports in: a JSON document and the table printed from it.
+"""The one format every benchmark reports in: a JSON document and the lines printed from it.
 
 {"format": 1, "benchmark", "suite", "device", "threads", "machine": {}, "versions": {},
  "environment": {}, "load", "commit", "dirty", "rows": [{}, ...]}
@@ -6,46 +6,113 @@
 A row is one case, dtype and pass: the sizes B, T, I, H (and the options not at their default),
 `torch_ms` and `fused_ms` (medians, milliseconds a call), `torch_us_per_step` and
 `fused_us_per_step` (the same over T), `ratio` (median of the paired ratios torch / fused: above 1
-fused_lstm is the faster), `ratio_quartiles`, `pairs` and `calls` (in each timing).
+fused_lstm is the faster), `ratio_quartiles`, `pairs` and `calls` (in each timing). One that failed
+has `error` in place of the times.
 
-A suite may add keys to its rows; none of these changes its meaning. Known ones: `suite`, `backend`
-(the one that was forced), `distance` (the largest, over all results, between ours and nn.LSTM's,
-relative to its norm), `torch_mib`, `fused_mib` and `memory_ratio` (peak memory that one call adds
-to what was allocated before; fused / torch: below 1 fused_lstm needs less), `published` (others'
-figures for the same case: milliseconds, and those over ours), `threads` (CPU threads, where rows
-differ in them), `gflops` (of ours) and `roofline` (the least time that the machine allows over
-ours: roofline.py), `ratio_to_fp32` (nn.LSTM's time in fp32 over ours in this dtype), `others` (the
-cores that other programs had while the row was measured).
-A row that failed has `error` in place of the times; one that timed nn.LSTM alone has only
-`torch_ms`, `torch_us_per_step`, `pairs` and `calls`.
+Others may be there, and none changes the meaning of these: `suite`, `backend` (the one that was
+forced), `threads` (where rows differ in them), `busy` (processes beside), `distance` (the largest,
+over all results, between ours and nn.LSTM's, relative to its norm), `torch_mib`, `fused_mib` and
+`memory_ratio` (peak memory that one call adds to what was there before; fused / torch: below 1
+fused_lstm needs less), `published` (others' figures for the same case: milliseconds, and those over
+ours), `gflops` (of ours) and what roofline.py holds them against, and what steps.py says of
+kernels. Documents of older commits have more.
 
-`python -m benchmarks.lstm` may add to the document: `roofline` (the rates and bandwidths that rows
-are held against, where the suite asks for them) and `skipped` (rows that --minutes left no time
-for).
-
-`python -m benchmarks.memory` writes rows without times: `torch_mib`, `fused_mib` (by how much the
-process grows), `memory_ratio` and `output_mib`.
-
-`python -m benchmarks.gpu` adds to the document: `minutes`, `stages`, `build`, `micro`, `tests`,
-`sanitizer`, `published` and `skipped` (gpu.py says what is in each).
+A document may add `skipped` (rows that there was no time for), and what gpu.py says.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
+import torch
+
+from benchmarks import machine
+from benchmarks.suites import Row
+
 FORMAT = 1
-ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = Path(__file__).parent / "results"  # by machine, in git
-_SIZES = ("B", "T", "I", "H")
-_OPTIONS = ("num_layers", "bidirectional", "proj_size", "shortest")
-_HEADING = ("case", "dtype", "pass", "nn.LSTM ms", "fused ms", "us a step", "fused", "ratio",
-            "quartiles")  # fmt: skip
-_LINE = "{:<50} {:<5} {:<17}{:>11}{:>11}{:>11}{:>9}{:>8}   {}"
+# Settings that change how fast either side runs begin with one of these.
+SETTINGS = ("FUSED_LSTM_", "ATEN_", "ONEDNN_", "OMP_", "GOMP_", "KMP_", "MKL_", "CUDA_LAUNCH_")
+# What a row is told apart by.
+SIZES = ("B", "T", "I", "H")
+CHOSEN = "num_layers bidirectional proj_size shortest backend threads busy".split()
+IDENTITY = ("case", *SIZES, *CHOSEN, "dtype", "pass")
+option = partial(click.option, show_default=True)
+
+
+@dataclass
+class Report:
+    """A document as it grows: rows are measured, printed, and the whole is written after each."""
+
+    document: dict[str, Any]
+    path: Path | None = None
+
+    def measure(
+        self, rows: list[Row], measured: Callable[[Row], dict[str, Any]], end: float = math.inf
+    ) -> None:
+        """Measures one row after the other, but those that are there. Where `end`, of
+        time.monotonic(), comes before the last, `skipped` says what was left. A row that fails
+        ends it, and has `error`, also where it takes this process along."""
+        self.document.pop("skipped", None)
+        there = self.document["rows"]
+        rows = [row for row in rows if not any(row.facts().items() <= of.items() for of in there)]
+        for at, row in enumerate(rows):
+            if time.monotonic() > end:
+                skipped = {"rows": len(rows) - at, "first": name(row.facts())}
+                self.document["skipped"] = skipped
+                click.echo(f"no time left for {skipped['rows']} rows, from {skipped['first']} on")
+                break
+            suite = {} if row.suite == self.document["suite"] else {"suite": row.suite}
+            there.append(row.facts() | suite | {"error": "the process was lost"})
+            self.save()
+            try:
+                there[-1] = row.facts() | suite | measured(row)
+            except Exception as error:
+                words = f"{type(error).__name__}: {error}".partition("\n")[0]
+                there[-1]["error"] = machine.without_paths(words)[:400]
+                raise click.ClickException(words) from error
+            finally:
+                self.save()
+            click.echo(line(there[-1]))
+        self.save()
+
+    def save(self, keep: bool = False) -> None:
+        """Writes it to where that was wanted; with `keep`, to where git has the results."""
+        if self.path:
+            write(self.document, self.path)
+        if keep:
+            facts = self.document
+            file = f"{machine.slug(facts['machine'])}-{facts['suite']}-{facts['device']}.json"
+            write(facts, RESULTS / file)
+            click.echo(f"kept as results/{file}")
+
+
+def document(benchmark: str, suite: str, device: str) -> dict[str, Any]:
+    """A report of this process and this machine, without rows yet: report.py says what is in it."""
+    return {
+        "format": FORMAT,
+        "benchmark": benchmark,
+        "suite": suite,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "machine": machine.machine(device),
+        "versions": machine.versions(device),
+        "environment": {name: machine.without_paths(value) for name, value in os.environ.items()
+                        if name.startswith(SETTINGS)},
+        # Processes that wanted a core in the last minute: what else the machine was doing.
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        **machine.commit(),
+        "rows": [],
+    }  # fmt: skip
 
 
 def significant(value: float, digits: int = 4) -> float:
@@ -53,93 +120,44 @@ def significant(value: float, digits: int = 4) -> float:
     return float(f"{value:.{digits}g}")
 
 
-def preamble(report: dict[str, Any]) -> str:
-    """Machine, versions, commit and threads: what stands above the table."""
-    lines = []
-    for name, fact in (*report["machine"].items(), *report["versions"].items()):
-        if name != "backends":
-            lines.append(f"{name}: {_words(fact)}")
-    lines.extend(report["versions"].get("backends", ()))
-    if report["environment"]:
-        lines.append(f"environment: {_words(report['environment'])}")
-    commit = report.get("commit", "unknown") + (" (modified)" if report.get("dirty") else "")
-    lines.append(f"commit: {commit}")
-    lines.append(f"threads: {report['threads']}, load before: {report['load']}")
-    return "\n".join(lines)
-
-
-def heading() -> str:
-    return _LINE.format(*_HEADING)
+def preamble(document: dict[str, Any]) -> str:
+    """Machine, versions, commit and threads: what stands above the rows."""
+    facts = document["machine"] | document["versions"]
+    lines = [f"{name}: {_words(fact)}" for name, fact in facts.items() if name != "backends"]
+    lines += facts.get("backends", ())
+    if document["environment"]:
+        lines.append(f"environment: {_words(document['environment'])}")
+    modified = " (modified)" if document.get("dirty") else ""
+    lines.append(f"commit: {document.get('commit', 'unknown')}{modified}")
+    return "\n".join([*lines, f"threads: {document['threads']}, load before: {document['load']}"])
 
 
 def name(row: dict[str, Any]) -> str:
-    """A row's case with its sizes, options and forced backend."""
-    sizes = " ".join(f"{size}{row[size]}" for size in _SIZES)
-    options = "".join(f" {option}={row[option]}" for option in _OPTIONS if option in row)
-    backend = f" {row['backend']}" if "backend" in row else ""
-    threads = f" threads={row['threads']}" if "threads" in row else ""
-    return f"{row['case']} {sizes}{options}{backend}{threads}"
+    """A row's case with its sizes and what else was chosen."""
+    sizes = " ".join(f"{size}{row[size]}" for size in SIZES)
+    chosen = "".join(f" {key}={row[key]}" for key in CHOSEN if key in row)
+    return f"{row['case']} {sizes}{chosen}"
 
 
 def line(row: dict[str, Any]) -> str:
-    """One row of the table."""
-    if "error" in row:
-        return f"{name(row):<50} {row['dtype']:<5} {row['pass']:<17}  {row['error']}"
-    first, third = row.get("ratio_quartiles", (None, None))
-    last = "" if first is None else f"{first:.2f} .. {third:.2f}"
-    if "gflops" in row:
-        last += f", {row['gflops']:.4g} GFLOP/s, {row['roofline']:.0%} of the roofline"
-    if "ratio_to_fp32" in row:
-        last += f", {row['ratio_to_fp32']:.2f} x nn.LSTM in fp32"
-    if row.get("others", 0) > 0.1:
-        last += f", others had {row['others']:.2f} cores"
-    if "memory_ratio" in row:
-        last += f", memory x {row['memory_ratio']:.2f}"
-    return _LINE.format(
-        name(row),
-        row["dtype"],
-        row["pass"],
-        _number(row.get("torch_ms"), ".4g"),
-        _number(row.get("fused_ms"), ".4g"),
-        _number(row.get("torch_ms"), ".2f", 1e3 / row["T"]),
-        _number(row.get("fused_ms"), ".2f", 1e3 / row["T"]),
-        _number(row.get("ratio"), ".2f"),
-        last,
-    )
+    """One row as it is printed: with what was measured, by the names that the document has."""
+    left_out = {*IDENTITY, "pairs", "calls", "torch_us_per_step"}
+    facts = [f"{key} {_words(fact):<7}" for key, fact in row.items() if key not in left_out]
+    return f"{name(row):<50} {row['dtype']:<5} {row['pass']:<17}{' '.join(facts)}".rstrip()
 
 
-def without_paths(text: str) -> str:
-    """The same text with this machine's folders taken out: results are published."""
-    folders = {str(ROOT): ".", sys.prefix: "<python>", sys.base_prefix: "<python>",
-               str(Path.home()): "~"}  # fmt: skip
-    for folder in sorted(folders, key=len, reverse=True):
-        if len(folder) > 1:
-            text = text.replace(folder, folders[folder])
-    return text
-
-
-def to_json(report: dict[str, Any]) -> str:
-    """The document, one fact and one row a line, so that a diff of two results can be read."""
-    facts = [f" {json.dumps(k)}: {json.dumps(v)}" for k, v in report.items() if k != "rows"]
-    rows = ",\n".join(f"  {json.dumps(row)}" for row in report["rows"])
-    return "{\n" + ",\n".join(facts) + f',\n "rows": [\n{rows}\n ]\n}}\n'
-
-
-def write(report: dict[str, Any], path: Path) -> None:
-    """Replace `path` in one step: a run cut short leaves the last whole document."""
+def write(document: dict[str, Any], path: Path) -> None:
+    """Replace `path` in one step: a run cut short leaves the last whole document. One fact and one
+    row a line, so that a diff of two results can be read."""
+    facts = [f" {json.dumps(k)}: {json.dumps(v)}" for k, v in document.items() if k != "rows"]
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in document["rows"])
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(to_json(report), encoding="utf-8")
+    part.write_text("{\n" + ",\n".join(facts) + f',\n "rows": [\n{rows}\n ]\n}}\n', "utf-8")
     os.replace(part, path)
-
-
-def _number(value: float | None, form: str, factor: float = 1.0) -> str:
-    return "-" if value is None else format(value * factor, form)
 
 
 def _words(fact: Any) -> str:
     if isinstance(fact, dict):
         return ", ".join(f"{name} {value}" for name, value in fact.items())
-    if isinstance(fact, list):
-        return " ".join(map(str, fact))
-    return str(fact)
+    return " ".join(map(str, fact)) if isinstance(fact, list) else str(fact)

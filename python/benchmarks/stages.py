@@ -11,23 +11,21 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections import Counter
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
+from benchmarks.machine import ROOT, without_paths
 from benchmarks.process import Done, run
 
 Facts = dict[str, Any]
 
-PYTHON = report.ROOT / "python"
+PYTHON = ROOT / "python"
 MICRO = Path(__file__).with_name("micro.cu")
 # Ignored by git, and in the checkout, so that a second run there builds on what the first made.
-PACKAGE = report.ROOT / "build" / "gpu-package"
-BUILD_S = 180  # what a build may take
-STAGES = ("build", "micro", "headline", "tests", "sanitizer", "suite")
+PACKAGE = ROOT / "build" / "gpu-package"
 SHOWN = 20  # failures, errors: of more, the log tells
 
 
@@ -35,88 +33,59 @@ def skipped(why: str) -> Facts:
     return {"state": "skipped", "seconds": 0.0, "why": why}
 
 
-def architecture(capability: str) -> str:
-    """What to compile for on a GPU of this capability: "9.0a" for "9.0"."""
-    return "9.0a" if capability == "9.0" else capability
+def first(lines: list[str], pattern: str) -> list[str]:
+    """The first lines that match, without this machine's paths."""
+    found = [line for line in lines if re.search(pattern, line)]
+    return [without_paths(line.strip())[:300] for line in found[:SHOWN]]
 
 
-def build(capability: str | None, log: Path, limit_s: float, package: Path = PACKAGE) -> Facts:
-    """Install the checkout into `package` (added to what this and later processes import), with
-    the CUDA kernels for this capability; with None, without them."""
-    jobs = str(os.cpu_count() or 1)
-    environment = {"MAX_JOBS": os.environ.get("MAX_JOBS", jobs), "FUSED_LSTM_CUDA": "0"}
-    if capability is not None:
-        environment["FUSED_LSTM_CUDA"] = "1"
-        environment["TORCH_CUDA_ARCH_LIST"] = architecture(capability)
-    from_scratch = not any((report.ROOT / "build").glob("**/*.o"))
+def build(architecture: str, log: Path, limit_s: float, package: Path = PACKAGE) -> Facts:
+    """Install the checkout into `package`, which this and later processes import from first, with
+    the CUDA kernels for this architecture, such as "9.0a"."""
+    environment = {"FUSED_LSTM_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architecture}
+    environment["MAX_JOBS"] = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-v", "--upgrade",
            "--no-build-isolation", "--no-deps", "--target", str(package), "."]  # fmt: skip
-    done = run(pip, log, limit_s=limit_s, cwd=report.ROOT, environment=environment)
-    facts: Facts = {
-        "state": done.state,
-        "seconds": done.seconds,
-        "within_limit": done.seconds < BUILD_S,
-        "from_scratch": from_scratch,
-        **environment,
-    }
-    if done.state == "done":
-        use(package)
-        sizes = (file.stat().st_size for file in package.glob("fused_lstm/*.so"))
-        facts["libraries_mib"] = report.significant(sum(sizes) / 2**20)
-    else:
-        facts["errors"] = first(done.lines, r"error|Error|fatal")
-    return facts
-
-
-def use(package: Path) -> None:
-    """Import from this folder first, here and in every process that is started from here."""
+    done = run(pip, log, limit_s, cwd=ROOT, **environment)
+    facts: Facts = {"state": done.state, "seconds": done.seconds, **environment}
+    if done.state != "done":
+        return {**facts, "errors": first(done.lines, r"error|Error|fatal")}
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(package), *([before] if before else [])])
     sys.path.insert(0, str(package))
+    return facts
 
 
-def nvcc() -> str | None:
-    return program("nvcc", os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"))
+def program(name: str) -> str | None:
+    """A program of the CUDA toolkit: on the PATH, as CUDA_HOME says, or where it is installed."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    homes += sorted(map(str, Path("/usr/local").glob("cuda-*")), reverse=True)
+    folders = [str(Path(home, "bin")) for home in homes if home]
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
 
 
-def program(name: str, *homes: str | None) -> str | None:
-    """A program of the CUDA toolkit: on the PATH, in one of `homes`, or where it is installed."""
-    folders = [Path(home, "bin") for home in (*homes, "/usr/local/cuda") if home]
-    folders += sorted(Path("/usr/local").glob("cuda-*/bin"), reverse=True)
-    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(map(str, folders)))
-
-
-def compile_micro(
-    binary: Path, architecture: str, log: Path, limit_s: float, *options: str
-) -> Facts:
-    """micro.cu for one architecture, such as "9.0a"."""
-    compiler = nvcc()
+def micro(architecture: str, log: Path, limit_s: float, *options: str) -> Facts:
+    """What micro.cu measures, compiled for an architecture such as "9.0a": {"measured": {name:
+    {"value", "unit"} or {"error"}}}."""
+    compiler = program("nvcc")
     if compiler is None:
         return skipped("nvcc was not found")
     number = architecture.replace(".", "")
     target = f"arch=compute_{number},code=sm_{number}"
-    command = [compiler, "-std=c++17", "-O3", "-I", str(report.ROOT / "csrc"), "-gencode", target,
-               *options, str(MICRO), "-o", str(binary)]  # fmt: skip
-    done = run(command, log, limit_s=limit_s)
-    facts: Facts = {"state": done.state, "seconds": done.seconds}
-    return facts if done.state == "done" else {**facts, "errors": first(done.lines, "error")}
-
-
-def micro(binary: Path, log: Path, limit_s: float) -> Facts:
-    """What micro.cu measured: {"measured": {name: {"value", "unit", ...} or {"error"}}}."""
-    done = run([str(binary)], log, limit_s=limit_s)
+    with tempfile.TemporaryDirectory() as folder:
+        binary = str(Path(folder, "micro"))
+        command = [compiler, "-std=c++17", "-O3", "-I", str(ROOT / "csrc"), "-gencode", target,
+                   *options, str(MICRO), "-o", binary]  # fmt: skip
+        compiled = run(command, log, limit_s)
+        if compiled.state != "done":
+            return {"state": compiled.state, "errors": first(compiled.lines, "error")}
+        done = run([binary], log, max(limit_s - compiled.seconds, 1))
     return {"state": done.state, "seconds": done.seconds, "measured": measurements(done.lines)}
 
 
 def measurements(lines: list[str]) -> Facts:
-    found = {}
-    for line in lines:
-        try:
-            facts = json.loads(line)
-            found[facts.pop("name")] = facts
-        except (ValueError, KeyError, TypeError):
-            continue  # no measurement: the log has it
-    return found
+    found = [json.loads(line) for line in lines if line.startswith("{")]
+    return {facts.pop("name"): facts for facts in found}
 
 
 # What is tested, the most telling first, each in a process of its own: a limit cuts the last.
@@ -129,92 +98,65 @@ SELECTIONS: dict[str, tuple[str, ...]] = {
                     "--ignore=tests/test_gpu_contract.py"),
     "all options": ("tests/test_gpu.py", "-k", "test_options"),
 }  # fmt: skip
-GPU_LOST = 86  # tests/conftest.py's exit status after a trap
+PYTEST = ("-m", "pytest", "-v", "--tb=short", "--maxfail=20", "--continue-on-collection-errors",
+          "-o", "timeout=60", "-p", "no:cacheprovider")  # fmt: skip
+GPU_LOST, NO_TESTS = 86, 5  # exit statuses: tests/conftest.py's after a trap, and pytest's
 ENDED = re.compile(r"(\S+\.py::.*) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
 
 
 def tests(log: Path, limit_s: float, selections: dict[str, tuple[str, ...]] = SELECTIONS) -> Facts:
-    """The tests that are marked for a GPU, in the checkout, against the package in use."""
-    start = time.monotonic()
-    parts: dict[str, Facts] = {}
-    for name, select in selections.items():
-        left = start + limit_s - time.monotonic()
-        parts[name] = _tested(select, log, left) if left > 1 else skipped("no time left")
-    states = [part["state"] for part in parts.values()]
-    outcomes = sum((Counter(part.get("outcomes", {})) for part in parts.values()), Counter())
-    failures = [line for part in parts.values() for line in part.get("failures", ())]
-    late = any(part.get("why") == "no time left" for part in parts.values())
-    return {
-        "state": "failed" if "failed" in states else "cut" if "cut" in states or late
-        else "done" if "done" in states else "skipped",
-        "seconds": round(time.monotonic() - start, 1),
-        "outcomes": dict(outcomes),
-        "failures": failures[:SHOWN],
-        "selections": {name: f"{part['state']} after {part['seconds']} s"
-                       for name, part in parts.items()},
-    }  # fmt: skip
+    """The tests that are marked for a GPU, in the checkout, against the package in use; a selection
+    is begun anew behind a test that lost the process its GPU.
 
-
-def _tested(select: tuple[str, ...], log: Path, limit_s: float) -> Facts:
-    """One selection: begun anew behind a test that lost the process its GPU."""
-    pytest = [sys.executable, "-m", "pytest", *select, "-v", "--tb=short", "--maxfail=20",
-              "--continue-on-collection-errors", "-o", "timeout=60",
-              "-p", "no:cacheprovider"]  # fmt: skip
+    How many passed and which failed is told by the line that each leaves when it ends, for a run
+    that is cut has no summary."""
     start = time.monotonic()
     lines: list[str] = []
-    after: tuple[str, ...] = ()
-    while True:
-        left = start + limit_s - time.monotonic()
-        done = run([*pytest, *after], log, limit_s=max(left, 1), cwd=report.ROOT)
-        lines += done.lines
-        ended = [match[1] for line in done.lines if (match := ENDED.match(line))]
-        if done.code != GPU_LOST or not ended or left < 1 or ended[-1] in after:
-            break
-        after = ("--after", ended[-1])
-    facts: Facts = {"state": done.state, "seconds": round(time.monotonic() - start, 1),
-                    **outcomes(lines)}  # fmt: skip
-    if facts["failures"]:
-        facts["state"] = "failed"
-    if done.code == 5 and not after:
-        facts |= {"state": "skipped", "why": "no test is marked for a GPU"}
-    return facts
+    states = dict.fromkeys(selections, "cut")
+    for name, select in selections.items():
+        after: tuple[str, ...] = ()
+        while (left := start + limit_s - time.monotonic()) > 1:
+            done = run([sys.executable, *PYTEST, *select, *after], log, left, cwd=ROOT)
+            lines += done.lines
+            states[name] = "skipped" if done.code == NO_TESTS and not after else done.state
+            ended = [match[1] for line in done.lines if (match := ENDED.match(line))]
+            if done.code != GPU_LOST or not ended or ended[-1] in after:
+                break
+            after = ("--after", ended[-1])
+    counts = Counter(match[2].lower() for line in lines if (match := ENDED.match(line)))
+    failures = first(lines, r"\.py::.* (FAILED|ERROR)\b|^ERROR ")
+    all_ = set(states.values()) | ({"failed"} if failures else set())
+    return {
+        "state": next((s for s in ("failed", "cut", "done") if s in all_), "skipped"),
+        "seconds": round(time.monotonic() - start, 1),
+        "outcomes": dict(counts),
+        "failures": failures,
+        "selections": states,
+    }
 
 
-def outcomes(lines: list[str]) -> Facts:
-    """How many tests passed, failed and so on, and which did not: by the lines that each test
-    leaves when it ends, for a run that is cut has no summary."""
-    ended = [match for line in lines if (match := ENDED.match(line))]
-    counts = Counter(match[2].lower() for match in ended)
-    wrong = [match[0] for match in ended if match[2] in ("FAILED", "ERROR")]
-    wrong += first(lines, r"^ERROR ") if not wrong else []  # what could not be collected
-    return {"outcomes": dict(counts),
-            "failures": [report.without_paths(line)[:300] for line in wrong[:SHOWN]]}  # fmt: skip
+# compute-sanitizer's tools and the dtypes that it checks, the most used first.
+CHECKED = [(tool, dtype) for dtype in ("fp16", "fp32", "tf32", "bf16", "fp64")
+           for tool in ("memcheck", "racecheck", "synccheck")]  # fmt: skip
 
 
-TOOLS = ("memcheck", "racecheck", "synccheck")
-CHECKED = ("fp16", "fp32", "tf32", "bf16", "fp64")
-
-
-def sanitizer(log: Path, limit_s: float, tools: tuple[str, ...] = TOOLS) -> Facts:
-    """What compute-sanitizer finds in benchmarks.small_run: facts for each tool and dtype, one a
-    process."""
-    checker = program("compute-sanitizer", os.environ.get("CUDA_HOME"))
+def sanitizer(log: Path, limit_s: float) -> Facts:
+    """What compute-sanitizer finds in the suite `odd`, for each tool and dtype in a process."""
+    checker = program("compute-sanitizer")
     if checker is None:
-        return dict.fromkeys(tools, skipped("compute-sanitizer was not found"))
+        return skipped("compute-sanitizer was not found")
     found: Facts = {}
     end = time.monotonic() + limit_s
-    runs = [(tool, dtype) for dtype in CHECKED for tool in tools]
-    for at, (tool, dtype) in enumerate(runs):
-        left = (end - time.monotonic()) / (len(runs) - at)  # what one leaves is the others'
+    for at, (tool, dtype) in enumerate(CHECKED):
+        left = (end - time.monotonic()) / (len(CHECKED) - at)  # what one leaves is the others'
         # What torch probes for and does without isn't an error; what it can't do without, it says.
         options = ["--report-api-errors", "no"] if tool == "memcheck" else []
         command = [checker, "--tool", tool, "--error-exitcode", "86", *options,
-                   sys.executable, "-m", "benchmarks.small_run", "--dtype", dtype,
-                   "--device", "cuda", "--backend", "cuda"]  # fmt: skip
+                   sys.executable, "-m", "benchmarks.lstm", "--suite=odd", f"--dtype={dtype}",
+                   "--device=cuda", "--backend=cuda"]  # fmt: skip
         # Each tensor in an allocation of its own, or a write past its end would be inside torch's.
-        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        done = run(command, log, limit_s=max(left, 1), cwd=PYTHON, environment=environment)
-        found[f"{tool} {dtype}"] = checked(done)
+        alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        found[f"{tool} {dtype}"] = checked(run(command, log, max(left, 1), cwd=PYTHON, **alone))
     return found
 
 
@@ -223,20 +165,13 @@ def checked(done: Done) -> Facts:
 
     On some virtual machines the tool can't reach the GPU: that says nothing about the kernels.
     """
-    facts: Facts = {"state": done.state, "seconds": done.seconds}
-    facts["right"] = sum(line.endswith(": right") for line in done.lines)
+    summaries = [line.strip("= ") for line in done.lines if "SUMMARY" in line]
+    facts: Facts = {"state": done.state, "seconds": done.seconds, "summary": summaries[-1:]}
+    facts["right"] = sum("distance " in line for line in done.lines)
     if any("Device not supported" in line for line in done.lines):
         return {**facts, "state": "skipped", "why": "Device not supported"}
-    summaries = [line.strip("= ") for line in done.lines if "SUMMARY" in line]
-    facts["summary"] = summaries[-1] if summaries else None
     if done.code == 0 and not summaries:
         return {**facts, "state": "failed", "why": "no summary"}
     if done.state != "done":
-        facts["errors"] = first(done.lines, r"^=====+ +[A-Z]|: wrong|Error")
+        facts["errors"] = first(done.lines, r"^=====+ +[A-Z]|Error")
     return facts
-
-
-def first(lines: list[str], pattern: str) -> list[str]:
-    """The first lines that match, without this machine's paths."""
-    matching = (line for line in lines if re.search(pattern, line))
-    return [report.without_paths(line.strip())[:300] for line in islice(matching, SHOWN)]

@@ -6,14 +6,13 @@ A new suite is a new entry of `SUITES`; nothing else has to change. `GPU` says w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 FORWARD = "forward"  # eval mode, no gradient wanted
 FORWARD_BACKWARD = "forward+backward"  # the loss is the sum of the output
-FORWARD_GRAPH = "forward, graph"  # the forward pass as one replay of a CUDA graph: no launch gaps
 
 
 @dataclass(frozen=True)
@@ -37,18 +36,24 @@ class Case:
 
     def options(self) -> dict[str, Any]:
         """The arguments of nn.LSTM, beyond the two sizes, that are not at their default."""
-        return self._set("num_layers", "bidirectional", "proj_size")
+        names = ("num_layers", "bidirectional", "proj_size")
+        return {n: getattr(self, n) for n in names if getattr(self, n) != getattr(Case, n)}
 
     def facts(self) -> dict[str, Any]:
         """What a row says of its case: sizes, and all that is not at its default."""
-        return {
-            "case": self.name,
-            "B": self.B,
-            "T": self.T,
-            "I": self.input_size,
-            "H": self.hidden_size,
-            **self._set("num_layers", "bidirectional", "proj_size", "shortest"),
-        }
+        sizes = {"B": self.B, "T": self.T, "I": self.input_size, "H": self.hidden_size}
+        packed = {} if self.shortest is None else {"shortest": self.shortest}
+        return {"case": self.name, **sizes, **self.options(), **packed}
+
+    @property
+    def N(self) -> int:
+        """Steps of all sequences."""
+        return sum(self.batch_sizes() or [self.B * self.T])
+
+    @property
+    def width(self) -> int:
+        """Of the output."""
+        return (self.proj_size or self.hidden_size) * (2 if self.bidirectional else 1)
 
     def batch_sizes(self) -> list[int] | None:
         """How many sequences are still running at each step; None where all have T steps."""
@@ -58,26 +63,20 @@ class Case:
         lengths = [self.T - (self.T - self.shortest) * b // fall for b in range(self.B)]
         return [sum(length > t for length in lengths) for t in range(self.T)]
 
-    def _set(self, *names: str) -> dict[str, Any]:
-        return {
-            field.name: getattr(self, field.name)
-            for field in fields(self)
-            if field.name in names and getattr(self, field.name) != field.default
-        }
-
 
 @dataclass(frozen=True)
 class Suite:
     cases: tuple[Case, ...]
     dtypes: tuple[str, ...]  # names in measure.DTYPES
-    threads: tuple[int, ...] = ()  # each row with each of them; () is as many as torch takes
-    roofline: bool = False  # a row says its share of what this machine could do, on a CPU
+    threads: tuple[int | None, ...] = (None,)  # each row with each of them; None: torch's number
+    busy: tuple[int | None, ...] = (None,)  # and of these
+    how: str = "time"  # is measured: a key of lstm.HOW
 
 
 @dataclass(frozen=True)
 class Row:
     """One row to measure. `backend` is forced for our side; None lets the library choose. `threads`
-    None are as many as are set."""
+    None are as many as are set; `busy` is how many other processes are kept so."""
 
     suite: str
     case: Case
@@ -85,20 +84,26 @@ class Row:
     pass_: str
     backend: str | None = None
     threads: int | None = None
+    busy: int | None = None
 
     def facts(self) -> dict[str, Any]:
         """What identifies the row in a report."""
-        facts = {**self.case.facts(), "suite": self.suite, "dtype": self.dtype, "pass": self.pass_}
-        chosen = {"backend": self.backend, "threads": self.threads}
-        return {**facts, **{name: fact for name, fact in chosen.items() if fact is not None}}
+        facts = {**self.case.facts(), "dtype": self.dtype, "pass": self.pass_}
+        chosen = {"backend": self.backend, "threads": self.threads, "busy": self.busy}
+        return facts | {name: fact for name, fact in chosen.items() if fact is not None}
 
 
 def _square(name: str, B: int, T: int, H: int, **options: Any) -> Case:
     return Case(name, B, T, H, H, **options)
 
 
+def _squares(name: str, *sizes: tuple[int, int, int]) -> tuple[Case, ...]:
+    each = dict.fromkeys(sizes)
+    return tuple(_square(f"{name}-B{B}-T{T}-H{H}", B, T, H) for B, T, H in each)
+
+
 # The headline: the size that FlashRNN publishes and where cuDNN has its best kernel.
-_HEADLINE = _square("headline", 16, 1024, 768, passes=(FORWARD, FORWARD_BACKWARD, FORWARD_GRAPH))
+_HEADLINE = _square("headline", 16, 1024, 768)
 
 # The sizes of the documents the project grew from; one step is what sampling a character costs.
 _SEEDS = (
@@ -110,13 +115,11 @@ _SEEDS = (
 )
 
 # FlashRNN's grid with one head (H = head size): over H, over B and over T.
-_FLASHRNN = tuple(
-    _square(f"flashrnn-B{B}-T{T}-H{H}", B, T, H)
-    for B, T, H in dict.fromkeys(
-        [(16, 1024, H) for H in (768, 512, 256, 128, 64, 32, 16)]
-        + [(B, 1024, H) for H in (768, 64) for B in (2, 8, 16, 32, 64, 128, 256)]
-        + [(16, T, H) for H in (768, 64) for T in (256, 512, 1024, 2048)]
-    )
+_FLASHRNN = _squares(
+    "flashrnn",
+    *((16, 1024, H) for H in (768, 512, 256, 128, 64, 32, 16)),
+    *((B, 1024, H) for H in (768, 64) for B in (2, 8, 16, 32, 64, 128, 256)),
+    *((16, T, H) for H in (768, 64) for T in (256, 512, 1024, 2048)),
 )
 
 # Where cuDNN has no persistent kernel: what most users run.
@@ -127,12 +130,8 @@ _HARD = (
     _square("layers-2", 16, 512, 512, num_layers=2),
     _square("layers-4", 16, 256, 512, num_layers=4),
     _square("layers-2-both-packed", 32, 256, 256, num_layers=2, bidirectional=True, shortest=32),
-    _square("batch-1", 1, 512, 512),
-    _square("batch-3", 3, 512, 512),
-    _square("batch-17", 17, 512, 512),
-    _square("batch-33", 33, 512, 512),
-    _square("hidden-1536", 16, 256, 1536),
-    _square("hidden-2048", 16, 256, 2048),
+    *(_square(f"batch-{B}", B, 512, 512) for B in (1, 3, 17, 33)),
+    *(_square(f"hidden-{H}", 16, 256, H) for H in (1536, 2048)),
     _square("projection", 16, 512, 1024, proj_size=256),
     _square("odd-sizes", 17, 512, 500),
     _square("cliff", 62, 2058, 168),  # cuDNN's path for small H at a large batch
@@ -140,25 +139,23 @@ _HARD = (
 
 # The LSTMs of DeepBench's training set but H 4096, and of its server inference set.
 _DEEPBENCH = tuple(
-    _square(f"deepbench-B{B}-T{T}-H{H}", B, T, H, passes=(FORWARD_BACKWARD,))
-    for B, T, H in [(B, 25, H) for H in (512, 1024, 2048) for B in (16, 32, 64, 128)]
-    + [(B, 50, 1536) for B in (8, 16, 32)]
-    + [(B, 150, 256) for B in (16, 32, 64)]
-)
-_DEEPBENCH_INFERENCE = tuple(
-    _square(f"deepbench-B{B}-T{T}-H{H}", B, T, H, passes=(FORWARD,))
-    for T, H in ((25, 512), (25, 1024), (50, 1536), (25, 2048), (150, 256))
-    for B in (1, 2, 4)
-)
-
-
-def _haste(batches: Iterable[int], inputs: Iterable[int]) -> tuple[Case, ...]:
-    """haste's grid, T 50: batch, then hidden size, then input size."""
-    return tuple(
-        Case(f"haste-B{B}-I{size}-H{H}", B, 50, size, H)
-        for B, H, size in product(batches, (128, 256, 512, 768, 1024, 1536, 2048), inputs)
+    _square(f"deepbench-B{B}-T{T}-H{H}", B, T, H, passes=(pass_,))
+    for pass_, batches, sizes in (
+        (FORWARD_BACKWARD, (16, 32, 64, 128), ((25, 512), (25, 1024), (25, 2048))),
+        (FORWARD_BACKWARD, (8, 16, 32), ((50, 1536),)),
+        (FORWARD_BACKWARD, (16, 32, 64), ((150, 256),)),
+        (FORWARD, (1, 2, 4), ((25, 512), (25, 1024), (50, 1536), (25, 2048), (150, 256))),
     )
+    for (T, H), B in product(sizes, batches)
+)
 
+# haste's grid, T 50: batch, then hidden size, then input size.
+_HASTE = tuple(
+    Case(f"haste-B{B}-I{size}-H{H}", B, 50, size, H)
+    for B, H, size in product(
+        (1, 16, 32, 64, 128), (128, 256, 512, 768, 1024, 1536, 2048), (64, 128, 256, 512)
+    )
+)
 
 # Where a CPU kernel is asked for: large and small products, long and short sequences, what oneDNN
 # leaves to torch's own steps, one step, and two directions.
@@ -184,78 +181,84 @@ _SCALING = (
     *(Case(f"H-{4**n}", 4, 4, 64, 4**n) for n in range(7)),
 )
 
-_GRID = tuple(
-    _square(f"grid-B32-T{T}-H{H}", 32, T, H)
-    for T, H in dict.fromkeys(
-        [(64, H) for H in (32, 64, 128, 256, 512, 1024)]
-        + [(T, 256) for T in (1, 4, 16, 64, 256, 1024)]
-    )
+_GRID = _squares(
+    "grid",
+    *((32, 64, H) for H in (32, 64, 128, 256, 512, 1024)),
+    *((32, T, 256) for T in (1, 4, 16, 64, 256, 1024)),
 )
 
+# Peak memory is in every forward+backward row on CUDA; these are more to look it up in.
+_MEMORY = (
+    _square("large", 128, 1024, 768, passes=(FORWARD_BACKWARD,)),
+    _square("deep", 32, 512, 512, num_layers=4, bidirectional=True, passes=(FORWARD_BACKWARD,)),
+    _square("packed", 64, 1024, 512, shortest=64, passes=(FORWARD_BACKWARD,)),
+)
+LENGTHS = Case("lengths-1-to-600", 16, 600, 16, 128, dtypes=("fp32",))  # one after the other
+_MEMORY_CPU = (*(case for case in _CPU if case.T > 1), Case("longer", 16, 2000, 128, 256), LENGTHS)
+
+_THREADS = (
+    Case("long-sequence", 1, 300, 128, 128, passes=(FORWARD,)),
+    Case("step", 1, 1, 65, 512, passes=(FORWARD,)),
+    Case("small", 36, 48, 48, 96, passes=(FORWARD_BACKWARD,)),
+    Case("medium", 64, 64, 256, 256, passes=(FORWARD_BACKWARD,)),
+)
+
+_STEPS = tuple(
+    _square("step", B, T, H, passes=(FORWARD_BACKWARD,))
+    for H, B, T in (
+        (16, 16, 256), (64, 16, 256), (64, 256, 64), (96, 16, 256), (256, 32, 128), (512, 1, 256),
+        (512, 16, 256), (512, 128, 100), (768, 16, 1024), (768, 64, 128), (1024, 16, 256),
+        (2048, 16, 128),
+    )
+)  # fmt: skip
+
+# Sizes that divide by nothing, for a checker; and seconds on a CPU, to try the commands out.
+_ODD = (
+    Case("odd", 3, 5, 7, 17),
+    Case("wide", 17, 3, 33, 129),
+    Case("all options", 3, 5, 7, 33, num_layers=2, bidirectional=True, proj_size=9, shortest=2),
+)
+_SMOKE = (
+    Case("small", 3, 5, 4, 17),
+    Case("packed", 3, 5, 4, 17, shortest=2, passes=(FORWARD,)),
+)
+
+ALL = ("fp16", "bf16", "tf32", "fp32")
 SUITES: dict[str, Suite] = {
     "headline": Suite((_HEADLINE,), ("bf16", "fp16", "fp32", "tf32")),
     "seeds": Suite(_SEEDS, ("fp32", "bf16")),
-    "hard": Suite(_HARD, ("bf16", "fp32", "fp16", "tf32")),
-    "flashrnn": Suite(_FLASHRNN, ("bf16", "fp16", "fp32", "tf32")),
+    "hard": Suite(_HARD, ALL),
+    "flashrnn": Suite(_FLASHRNN, ALL),
     "deepbench": Suite(_DEEPBENCH, ("fp16", "fp32")),
-    "deepbench-inference": Suite(_DEEPBENCH_INFERENCE, ("fp16", "fp32")),
-    # A part of haste's grid that fits a short lease: three batches, one input size. haste is fp32.
-    "haste": Suite(_haste((1, 32, 128), (256,)), ("fp32",)),
-    "haste-full": Suite(_haste((1, 16, 32, 64, 128), (64, 128, 256, 512)), ("fp32",)),
-    # Peak memory is in every forward+backward row on CUDA; these are the rows to look it up in.
-    "memory": Suite(
-        tuple(
-            replace(case, name=f"memory-{case.name}", passes=(FORWARD_BACKWARD,))
-            for case in (
-                _HEADLINE,
-                _SEEDS[1],
-                _square("large", 128, 1024, 768),
-                _square("deep", 32, 512, 512, num_layers=4, bidirectional=True),
-                _square("packed", 64, 1024, 512, shortest=64),
-            )
-        ),
-        ("bf16", "fp32"),
-    ),
-    "cpu": Suite(_CPU, ("fp32", "bf16"), threads=(1, 2), roofline=True),
+    "haste": Suite(_HASTE, ("fp32",)),
+    "memory": Suite(_MEMORY, ("bf16", "fp32")),
+    "cpu": Suite(_CPU, ("fp32", "bf16"), threads=(1, 2)),
     "scaling": Suite(_SCALING, ("fp32",), threads=(1, 2)),
-    # Over H and over T, for the README's plot.
     "grid": Suite(_GRID, ("fp32", "bf16")),
-    "memory-cpu": Suite(
-        (
-            *(replace(case, name=f"memory-{case.name}") for case in _CPU if case.T > 1),
-            Case("memory-longer", 16, 2000, 128, 256),
-        ),
-        ("fp32", "bf16"),
-    ),
-    # Seconds on a CPU: tries the commands out, measures nothing worth keeping.
-    "smoke": Suite(
-        (
-            Case("small", B=3, T=5, input_size=4, hidden_size=17),
-            Case("packed", B=3, T=5, input_size=4, hidden_size=17, shortest=2, passes=(FORWARD,)),
-        ),
-        ("fp32", "bf16"),
-    ),
+    "memory-cpu": Suite(_MEMORY_CPU, ("fp32", "bf16"), how="memory"),
+    "threads": Suite(_THREADS, ("fp32",), (1, 2, 4, 8, 16, 64), (0, 1, 2), how="threads"),
+    "steps": Suite(_STEPS, ALL, how="steps"),
+    "odd": Suite(_ODD, (*ALL, "fp64"), how="check"),
+    "smoke": Suite(_SMOKE, ("fp32", "bf16")),
 }
 
 # (suite, dtypes, backend), most important first: a lease that ends early cuts the end off. The
 # backend None stands for the one that the command is asked to measure (cuda on a GPU).
-GPU: tuple[tuple[str, tuple[str, ...], str | None], ...] = (
-    ("headline", ("bf16", "fp16", "fp32", "tf32"), None),
-    ("seeds", ("fp16", "bf16", "fp32", "tf32"), None),
-    ("hard", ("bf16", "fp32"), None),
-    ("memory", ("bf16", "fp32"), None),
-    ("headline", ("bf16",), "triton"),
-    ("flashrnn", ("bf16", "fp16"), None),
-    ("deepbench", ("fp16",), None),
-    ("deepbench-inference", ("fp16",), None),
-    ("seeds", ("bf16", "fp32"), "triton"),
-    ("flashrnn", ("bf16",), "triton"),
-    ("hard", ("fp16", "tf32"), None),
-    ("haste", ("fp32",), None),
-    ("hard", ("bf16",), "triton"),
-    ("flashrnn", ("fp32", "tf32"), None),
-    ("deepbench", ("fp32",), None),
-    ("deepbench-inference", ("fp32",), None),
+GPU: tuple[tuple[str, str, str | None], ...] = (
+    ("headline", "bf16 fp16 fp32 tf32", None),
+    ("seeds", "fp16 bf16 fp32 tf32", None),
+    ("hard", "bf16 fp32", None),
+    ("memory", "bf16 fp32", None),
+    ("headline", "bf16", "triton"),
+    ("flashrnn", "bf16 fp16", None),
+    ("deepbench", "fp16", None),
+    ("seeds", "bf16 fp32", "triton"),
+    ("flashrnn", "bf16", "triton"),
+    ("hard", "fp16 tf32", None),
+    ("hard", "bf16", "triton"),
+    ("flashrnn", "fp32 tf32", None),
+    ("deepbench", "fp32", None),
+    ("haste", "fp32", None),
 )
 
 
@@ -265,19 +268,18 @@ def rows(
     """The rows of a suite in order, those of "gpu" being `GPU`'s, for these backends of ours: the
     first stands where `GPU` has None, and rows of one that is not among them are left out. With
     `dtypes`, in those and not the suite's own. No row is there twice."""
-    main, *others = backends
+    entries: list[tuple[str, Sequence[str], str | None]]
+    entries = [(suite, dtypes, backend) for backend in backends]
     if suite == "gpu":
-        entries = [(name, wanted, other or main) for name, wanted, other in GPU
-                   if other is None or other in backends]  # fmt: skip
-    else:
-        entries = [(suite, dtypes, backend) for backend in (main, *others)]
-    seen: dict[tuple[Any, ...], Row] = {}
+        there = [entry for entry in GPU if entry[2] in (None, *backends)]
+        entries = [(name, wanted.split(), other or backends[0]) for name, wanted, other in there]
+    seen: dict[Row, Row] = {}
     for name, wanted, backend in entries:
-        all_ = SUITES[name]
-        for case in all_.cases:
-            chosen = wanted or case.dtypes or all_.dtypes
-            for dtype, pass_, threads in product(chosen, case.passes, all_.threads or (None,)):
-                sizes = {key: fact for key, fact in case.facts().items() if key != "case"}
-                same = (*sizes.items(), dtype, pass_, backend, threads)
-                seen.setdefault(same, Row(name, case, dtype, pass_, backend, threads))
+        of = SUITES[name]
+        for case in of.cases:
+            chosen = wanted or case.dtypes or of.dtypes
+            for facts in product(chosen, case.passes, (backend,), of.threads, of.busy):
+                row = Row(name, case, *facts)
+                same = replace(case, name="", passes=(), dtypes=())
+                seen.setdefault(replace(row, suite="", case=same), row)
     return list(seen.values())
