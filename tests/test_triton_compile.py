@@ -63,6 +63,13 @@ CASES: list[tuple[str, bool, int, int, torch.dtype, bool, int, bool, str, Limit]
 ]
 
 
+def paths(of: Any, path: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Of the pointers in a parameter, by their places in its tuples."""
+    if isinstance(of, str):
+        return [path]
+    return [found for k, part in enumerate(of) for found in paths(part, (*path, k))]
+
+
 def compiled(
     target: str,
     backward: bool,
@@ -77,27 +84,35 @@ def compiled(
     gpu, device = TARGETS[target]
     chosen = plan(backward, H, B, D, False, dtype, tf32, device)
     whole = chosen.kind == "whole"
+    pointer = f"*{TYPES[dtype]}"
     if backward:
         kernel = backward_whole if whole else backward_split
-        constants = {"HAS_OUTPUT": True, "HAS_H_N": True, "HAS_C_N": True}
+        groups = {"grads": (pointer,) * 3, "weight_hh": (pointer,) * D}
     else:
         kernel = forward_whole if whole else forward_split
-        constants = {"BIAS": True, "SAVE": True}
-    constants |= {"H": H, "D": D, "PACKED": packed, "PRECISION": "tf32" if tf32 else "ieee"}
+        groups = {"states_n": (pointer,) * 2, "states_0": (pointer,) * 2}
+        groups |= {"weight_hh": (pointer,) * D, "biases": ((pointer,) * D,) * 2}
+    constants = {"H": H, "PRECISION": "tf32" if tf32 else "ieee"}
     constants |= {"BLOCK_B": chosen.block_b, "BLOCK_H": chosen.block_h}
+    if packed:
+        groups["packing"] = ("*i32",) * 2
+    else:
+        constants["packing"] = None
     if not whole:
         constants |= {"SPLIT": chosen.split, "BLOCK_K": chosen.block_k, "AHEAD": chosen.ahead}
         constants |= {"RESIDENT": chosen.kind == "split"}
-    signature, aligned = {}, {}
+    signature: dict[str, Any] = {}
+    aligned = {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif name in COUNTS:
             signature[name] = "i32"
         else:
-            numbers = name in ("steps", "lengths", "counters", "status")
-            signature[name] = "*i32" if numbers else f"*{TYPES[dtype]}"
-            aligned[(index,)] = [["tt.divisibility", 16]]
+            numbers = "*i32" if name in ("counters", "status") else pointer
+            signature[name] = groups.get(name, numbers)
+            for path in paths(signature[name], (index,)):
+                aligned[path] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, aligned)
     options: dict[str, Any] = compile_options(chosen, gpu.backend == "cuda")
     options["launch_cooperative_grid"] = not whole

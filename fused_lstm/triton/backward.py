@@ -9,12 +9,11 @@ The gradients of input, h_0 and weights are large products of dgates, outside of
 Arguments of both kernels, contiguous and in the compute dtype:
     dgates       (D, N, 4H) out: the gradient of the gates before their activation
     grad_c_0     (D, B, H) out
-    grad_output  (N, D*H), with HAS_OUTPUT
-    grad_h_n, grad_c_n    (D, B, H), with HAS_H_N and HAS_C_N
+    grads        of output (N, D*H), h_n and c_n (D, B, H), or None for each
     gates        (D, N, 4H) and cells (D, N, H), as the forward saved them
     c_0          (D, B, H)
-    weight_*     (4H, H) of each direction (the first twice where there is one)
-and as forward.py has them: steps, lengths, T, B, rows, counters, status, groups, tiles.
+    weight_hh    (4H, H) of each direction
+and as forward.py has them: packing, T, B, rows, counters, status, groups, tiles.
 
 Going backward, a row's gradients are those of h_n and c_n until its sequence's last step.
 """
@@ -26,8 +25,10 @@ from .cell import (
     COUNTS,
     cell_gradient,
     inside,
+    length_of,
     load_gates,
     matrix,
+    of_direction,
     resident_product,
     resident_weight,
     rows_of_turn,
@@ -39,9 +40,12 @@ from .cell import (
 
 
 @triton.jit
-def _gradient(at, mask, GIVEN: tl.constexpr):
+def _gradient(grad, at, mask):
     """In float32; zeros if it isn't given."""
-    return tl.load(at, mask, 0.0).to(tl.float32) if GIVEN else tl.zeros(at.shape, tl.float32)
+    if grad is None:
+        return tl.zeros(at.shape, tl.float32)
+    else:
+        return tl.load(grad + at, mask, 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -61,41 +65,33 @@ def _spread(sums, patience):
 def backward_whole(
     dgates,
     grad_c_0,
-    grad_output,
-    grad_h_n,
-    grad_c_n,
+    grads,
     gates,
     cells,
     c_0,
-    weight_hh_0,
-    weight_hh_1,
-    steps,
-    lengths,
+    weight_hh,
+    packing,
     T,
     B,
     rows,
     H: tl.constexpr,
-    D: tl.constexpr,
-    HAS_OUTPUT: tl.constexpr,
-    HAS_H_N: tl.constexpr,
-    HAS_C_N: tl.constexpr,
-    PACKED: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """W_hh and the gradients of the states stay in one program, of grid (tiles of the batch, D)."""
+    D: tl.constexpr = len(weight_hh)
     tile = tl.program_id(0)
     d = tl.program_id(1)
     b = tile * BLOCK_B + tl.arange(0, BLOCK_B)
     u = tl.arange(0, BLOCK_H)
     # (K, N) of each gate: w[k, n] = W_hh[gate * H + k, n]
-    at_w = tl.where(d == 1, weight_hh_1, weight_hh_0) + matrix(u, u, H)
+    at_w = of_direction(d, weight_hh) + matrix(u, u, H)
     w = load_gates(at_w, inside(u, H, u, H), H * H)
     at_state = matrix(d * B + b, u, H)
     mask_state = inside(b, B, u, H)
-    dh = _gradient(grad_h_n + at_state, mask_state, HAS_H_N)
-    dc = _gradient(grad_c_n + at_state, mask_state, HAS_C_N)
+    dh = _gradient(grads[1], at_state, mask_state)
+    dc = _gradient(grads[2], at_state, mask_state)
     at_gates = matrix(b, u, 4 * H)
     at_cells = matrix(b, u, H)
     at_output = d * H + matrix(b, u, D * H)
@@ -104,26 +100,26 @@ def backward_whole(
     cells += d.to(tl.int64) * rows * H
 
     # What a step needs is loaded one step ahead; its c_{t-1} is c_t of the step after it.
-    length = tl.load(lengths + tile) if PACKED else T
-    row, count = rows_of_turn(steps, 0, length, 1 - d, B, PACKED)
-    row_1, count_1 = rows_of_turn(steps, 1, length, 1 - d, B, PACKED)
+    length = length_of(packing, tile, T)
+    row, count = rows_of_turn(packing, 0, length, 1 - d, B)
+    row_1, count_1 = rows_of_turn(packing, 1, length, 1 - d, B)
     mask = inside(b, count, u, H)
     mask_1 = inside(b, count_1, u, H)
     activated = load_gates(gates + row * 4 * H + at_gates, mask, H)
     c = tl.load(cells + row * H + at_cells, mask, 0.0)
     at_c = tl.where(mask_1, cells + row_1 * H + at_cells, c_0 + at_state)
     c_before = tl.load(at_c, mask_state, 0.0)
-    if HAS_OUTPUT:
-        dy = tl.load(grad_output + row * D * H + at_output, mask, 0.0)
+    if grads[0] is not None:
+        dy = tl.load(grads[0] + row * D * H + at_output, mask, 0.0)
     for s in range(length):
-        row_2, count_2 = rows_of_turn(steps, s + 2, length, 1 - d, B, PACKED)
+        row_2, count_2 = rows_of_turn(packing, s + 2, length, 1 - d, B)
         mask_2 = inside(b, count_2, u, H)
         activated_1 = load_gates(gates + row_1 * 4 * H + at_gates, mask_1, H)
         at_c = tl.where(mask_2, cells + row_2 * H + at_cells, c_0 + at_state)
         c_before_1 = tl.load(at_c, mask_state, 0.0)
-        if HAS_OUTPUT:
+        if grads[0] is not None:
             dh += dy.to(tl.float32)
-            dy = tl.load(grad_output + row_1 * D * H + at_output, mask_1, 0.0)
+            dy = tl.load(grads[0] + row_1 * D * H + at_output, mask_1, 0.0)
 
         d_gates, dc_before = cell_gradient(dh, dc, activated, c, c_before)
         dh_before = tl.dot(d_gates[0], w[0], input_precision=PRECISION)
@@ -131,8 +127,8 @@ def backward_whole(
         dh_before = tl.dot(d_gates[2], w[2], dh_before, input_precision=PRECISION)
         dh_before = tl.dot(d_gates[3], w[3], dh_before, input_precision=PRECISION)
         store_gates(dgates + row * 4 * H + at_gates, d_gates, mask, H)
-        dh = tl.where(mask, dh_before, dh) if PACKED else dh_before
-        dc = tl.where(mask, dc_before, dc) if PACKED else dc_before
+        dh = tl.where(mask, dh_before, dh) if packing is not None else dh_before
+        dc = tl.where(mask, dc_before, dc) if packing is not None else dc_before
         row, mask, activated = row_1, mask_1, activated_1
         row_1, mask_1 = row_2, mask_2
         c, c_before = c_before, c_before_1
@@ -143,16 +139,12 @@ def backward_whole(
 def backward_split(
     dgates,
     grad_c_0,
-    grad_output,
-    grad_h_n,
-    grad_c_n,
+    grads,
     gates,
     cells,
     c_0,
-    weight_hh_0,
-    weight_hh_1,
-    steps,
-    lengths,
+    weight_hh,
+    packing,
     counters,
     status,
     T,
@@ -162,11 +154,6 @@ def backward_split(
     tiles,
     patience,
     H: tl.constexpr,
-    D: tl.constexpr,
-    HAS_OUTPUT: tl.constexpr,
-    HAS_H_N: tl.constexpr,
-    HAS_C_N: tl.constexpr,
-    PACKED: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -179,6 +166,7 @@ def backward_split(
 
     A program's dh needs the gate gradients of all units: K = 4H, W_hh's columns of its units.
     """
+    D: tl.constexpr = len(weight_hh)
     SLICES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     slice = tl.program_id(0) % SLICES
     u = slice * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -197,13 +185,13 @@ def backward_split(
         tile = item // D
         b = tile * BLOCK_B + tl.arange(0, BLOCK_B)
         b_d = b[None, :, None] if RESIDENT else b[:, None]
-        at_w = tl.where(d == 1, weight_hh_1, weight_hh_0) + (k_w * H + n_w)
+        at_w = of_direction(d, weight_hh) + (k_w * H + n_w)
         if RESIDENT:
             w = resident_weight(at_w, n_w < H, k_w, H, 4 * H, SPLIT, BLOCK_K)
         at_state = matrix(d * B + b, u, H)
         mask_state = inside(b, B, u, H)
-        dh_n = _gradient(grad_h_n + at_state, mask_state, HAS_H_N)
-        dc = _gradient(grad_c_n + at_state, mask_state, HAS_C_N)
+        dh_n = _gradient(grads[1], at_state, mask_state)
+        dc = _gradient(grads[2], at_state, mask_state)
         at_gates = matrix(b, u, 4 * H)
         at_cells = matrix(b, u, H)
         at_output = d * H + matrix(b, u, D * H)
@@ -212,14 +200,14 @@ def backward_split(
         cells_d = cells + d.to(tl.int64) * rows * H
         counter = counters + item * 32
 
-        length = tl.load(lengths + tile) if PACKED else T
-        row, count = rows_of_turn(steps, 0, length, 1 - d, B, PACKED)
+        length = length_of(packing, tile, T)
+        row, count = rows_of_turn(packing, 0, length, 1 - d, B)
         # Not `row_after = row`: Triton carries from step to step what it sees an assignment in the
         # loop change, and `row_after = row` there would assign it the value it has.
         row_after = tl.zeros((), tl.int64)
         count_after = 0
         for s in range(length):
-            row_1, count_1 = rows_of_turn(steps, s + 1, length, 1 - d, B, PACKED)
+            row_1, count_1 = rows_of_turn(packing, s + 1, length, 1 - d, B)
             mask = inside(b, count, u, H)
             mask_1 = inside(b, count_1, u, H)
             # On their way while this program waits for the others.
@@ -227,8 +215,8 @@ def backward_split(
             c = tl.load(cells_d + row * H + at_cells, mask, 0.0)
             at_c = tl.where(mask_1, cells_d + row_1 * H + at_cells, c_0 + at_state)
             c_before = tl.load(at_c, mask_state, 0.0)
-            if HAS_OUTPUT:
-                dy = tl.load(grad_output + row * D * H + at_output, mask, 0.0)
+            if grads[0] is not None:
+                dy = tl.load(grads[0] + row * D * H + at_output, mask, 0.0)
             if s > 0:
                 patience = wait(counter, s * SLICES, patience)
 
@@ -241,7 +229,7 @@ def backward_split(
             else:
                 sums = streamed_product(at_d, mask_d, at_w, n_w < H, H, 4 * H, PRECISION)
             dh = tl.where((b < count_after)[:, None], sums, dh_n)
-            if HAS_OUTPUT:
+            if grads[0] is not None:
                 dh += dy.to(tl.float32)
             dh = tl.where(patience > 0, dh, float("nan"))
             d_gates, dc_before = cell_gradient(dh, dc, activated, c, c_before)

@@ -63,13 +63,28 @@ def cell_gradient(dh, dc, gates, c, c_before):
 
 
 @triton.jit
-def rows_of_turn(steps, s, length, reverse, B, PACKED: tl.constexpr):
+def of_direction(d, pointers):
+    return pointers[0] if len(pointers) == 1 else tl.where(d == 1, pointers[1], pointers[0])
+
+
+@triton.jit
+def length_of(packing, tile, T):
+    """The steps of a tile's longest sequence."""
+    return T if packing is None else tl.load(packing[1] + tile)
+
+
+@triton.jit
+def rows_of_turn(packing, s, length, reverse, B):
     """The first row and the number of rows (0 past the end) of a recurrence's s-th step, which is
     the s-th from the end where `reverse` is 1, not 0."""
     s_inside = tl.minimum(s, length - 1)
     t = s_inside + reverse * (length - 1 - 2 * s_inside)
-    row = tl.load(steps + 2 * t).to(tl.int64) if PACKED else t.to(tl.int64) * B
-    count = tl.load(steps + 2 * t + 1) if PACKED else B
+    if packing is None:
+        row = t.to(tl.int64) * B
+        count = B
+    else:
+        row = tl.load(packing[0] + 2 * t).to(tl.int64)
+        count = tl.load(packing[0] + 2 * t + 1)
     return row, tl.where(s < length, count, 0)
 
 

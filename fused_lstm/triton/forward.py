@@ -5,17 +5,18 @@
     h_t   = sigmoid(o) tanh(c_t)                             (B, H)
 
 Arguments of both kernels, in the compute dtype and contiguous if nothing else is said:
-    gates        (D, N, 4H) in: x_t W_ih^T; out, with SAVE: the activated gates
-    cells        (D, N, H) out, with SAVE: c_t
+    gates        (D, N, 4H) in: x_t W_ih^T; out, with cells: the activated gates
+    cells        (D, N, H) out: c_t; or None
     output       (N, D*H) out: h_t
-    h_n, c_n     (D, B, H) out
-    h_0, c_0     (D, B, H)
-    weight_*     (4H, H) of each direction (the first twice where there is one)
-    bias_*       (4H) of each direction: b_ih and b_hh, with BIAS
-    steps        int32 (T, 2), with PACKED: the first row and the number of rows of each step
-    lengths      int32 (tiles), with PACKED: the steps of each tile of BLOCK_B sequences
+    states_n     h_n and c_n, (D, B, H) out
+    states_0     h_0 and c_0, (D, B, H)
+    weight_hh    (4H, H) of each direction
+    biases       b_ih and b_hh, (4H) of each direction; or None
+    packing      None, or int32 (T, 2), the first row and the number of rows of each step, and int32
+                 (tiles), the steps of each tile of BLOCK_B sequences
     T, B, rows   steps, sequences, N
-Pointers are aligned to 16 bytes: the host copies what isn't.
+Pointers are aligned to 16 bytes: the host copies what isn't. Those that belong together are tuples,
+None is compiled for where one isn't given: a launch costs less than with each by itself.
 
 Sequences are sorted, longest first. A row takes part in step t if it is below that step's number of
 rows; outside its sequence it keeps its state, which is thus h_0 until a reversed sequence begins
@@ -29,8 +30,10 @@ from .cell import (
     COUNTS,
     cell,
     inside,
+    length_of,
     load_gates,
     matrix,
+    of_direction,
     resident_product,
     resident_weight,
     rows_of_turn,
@@ -65,56 +68,45 @@ def forward_whole(
     gates,
     cells,
     output,
-    h_n,
-    c_n,
-    h_0,
-    c_0,
-    weight_hh_0,
-    weight_hh_1,
-    bias_ih_0,
-    bias_ih_1,
-    bias_hh_0,
-    bias_hh_1,
-    steps,
-    lengths,
+    states_n,
+    states_0,
+    weight_hh,
+    biases,
+    packing,
     T,
     B,
     rows,
     H: tl.constexpr,
-    D: tl.constexpr,
-    BIAS: tl.constexpr,
-    PACKED: tl.constexpr,
-    SAVE: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """W_hh and the states stay in one program, of grid (tiles of the batch, D)."""
+    D: tl.constexpr = len(weight_hh)
     tile = tl.program_id(0)
     d = tl.program_id(1)
     b = tile * BLOCK_B + tl.arange(0, BLOCK_B)
     u = tl.arange(0, BLOCK_H)
     # (K, N) of each gate: w[k, n] = W_hh[gate * H + n, k]
-    at_w = tl.where(d == 1, weight_hh_1, weight_hh_0) + (u[None, :] * H + u[:, None])
+    at_w = of_direction(d, weight_hh) + (u[None, :] * H + u[:, None])
     w = load_gates(at_w, (u < H)[None, :] & (u < H)[:, None], H * H)
-    bias_ih = tl.where(d == 1, bias_ih_1, bias_ih_0)
-    bias_hh = tl.where(d == 1, bias_hh_1, bias_hh_0)
-    bias = _biases(bias_ih, bias_hh, u, H) if BIAS else None
+    bias = None
+    if biases is not None:
+        bias = _biases(of_direction(d, biases[0]), of_direction(d, biases[1]), u, H)
     at_state = matrix(d * B + b, u, H)
     mask_state = inside(b, B, u, H)
-    h = tl.load(h_0 + at_state, mask_state, 0.0)
-    c = tl.load(c_0 + at_state, mask_state, 0.0).to(tl.float32)
+    h = tl.load(states_0[0] + at_state, mask_state, 0.0)
+    c = tl.load(states_0[1] + at_state, mask_state, 0.0).to(tl.float32)
     gates += d.to(tl.int64) * rows * 4 * H
-    cells += d.to(tl.int64) * rows * H
 
     # The x-products of a step are loaded one step ahead.
-    length = tl.load(lengths + tile) if PACKED else T
-    row, count = rows_of_turn(steps, 0, length, d, B, PACKED)
+    length = length_of(packing, tile, T)
+    row, count = rows_of_turn(packing, 0, length, d, B)
     at = gates + row * 4 * H + matrix(b, u, 4 * H)
     mask = inside(b, count, u, H)
     x = load_gates(at, mask, H)
     for s in range(length):
-        row_ahead, count_ahead = rows_of_turn(steps, s + 1, length, d, B, PACKED)
+        row_ahead, count_ahead = rows_of_turn(packing, s + 1, length, d, B)
         at_ahead = gates + row_ahead * 4 * H + matrix(b, u, 4 * H)
         mask_ahead = inside(b, count_ahead, u, H)
         x_ahead = load_gates(at_ahead, mask_ahead, H)
@@ -123,14 +115,14 @@ def forward_whole(
         activated, c_t, h_t = cell(sums, x, bias, c)
         h_t = h_t.to(h.dtype)
         tl.store(output + row * D * H + d * H + matrix(b, u, D * H), h_t, mask)
-        if SAVE:
-            tl.store(cells + row * H + matrix(b, u, H), c_t, mask)
+        if cells is not None:
+            tl.store(cells + (d.to(tl.int64) * rows + row) * H + matrix(b, u, H), c_t, mask)
             store_gates(at, activated, mask, H)
-        c = tl.where(mask, c_t, c) if PACKED else c_t
-        h = tl.where(mask, h_t, h) if PACKED else h_t
+        c = tl.where(mask, c_t, c) if packing is not None else c_t
+        h = tl.where(mask, h_t, h) if packing is not None else h_t
         row, at, mask, x = row_ahead, at_ahead, mask_ahead, x_ahead
-    tl.store(h_n + at_state, h, mask_state)
-    tl.store(c_n + at_state, c, mask_state)
+    tl.store(states_n[0] + at_state, h, mask_state)
+    tl.store(states_n[1] + at_state, c, mask_state)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -138,18 +130,11 @@ def forward_split(
     gates,
     cells,
     output,
-    h_n,
-    c_n,
-    h_0,
-    c_0,
-    weight_hh_0,
-    weight_hh_1,
-    bias_ih_0,
-    bias_ih_1,
-    bias_hh_0,
-    bias_hh_1,
-    steps,
-    lengths,
+    states_n,
+    states_0,
+    weight_hh,
+    biases,
+    packing,
     counters,
     status,
     T,
@@ -159,10 +144,6 @@ def forward_split(
     tiles,
     patience,
     H: tl.constexpr,
-    D: tl.constexpr,
-    BIAS: tl.constexpr,
-    PACKED: tl.constexpr,
-    SAVE: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -184,6 +165,7 @@ def forward_split(
                    products, which Triton gives a warp each; without it 1
         AHEAD      of the parts of h, how many are loaded ahead of the product
     """
+    D: tl.constexpr = len(weight_hh)
     SLICES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     slice = tl.program_id(0) % SLICES
     u = slice * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -198,25 +180,24 @@ def forward_split(
         d = item % D
         tile = item // D
         b = tile * BLOCK_B + tl.arange(0, BLOCK_B)
-        at_w = tl.where(d == 1, weight_hh_1, weight_hh_0) + (n_w * H + k[:, None])
+        at_w = of_direction(d, weight_hh) + (n_w * H + k[:, None])
         if RESIDENT:
             w = resident_weight(at_w, mask_w, k[:, None], 1, H, SPLIT, BLOCK_K)
-        bias_ih = tl.where(d == 1, bias_ih_1, bias_ih_0)
-        bias_hh = tl.where(d == 1, bias_hh_1, bias_hh_0)
-        bias = _biases(bias_ih, bias_hh, u, H) if BIAS else None
+        bias = None
+        if biases is not None:
+            bias = _biases(of_direction(d, biases[0]), of_direction(d, biases[1]), u, H)
         at_state = matrix(d * B + b, u, H)
         mask_state = inside(b, B, u, H)
-        h = tl.load(h_0 + at_state, mask_state, 0.0)  # of its units, for h_n
-        c = tl.load(c_0 + at_state, mask_state, 0.0).to(tl.float32)
+        h = tl.load(states_0[0] + at_state, mask_state, 0.0)  # of its units, for h_n
+        c = tl.load(states_0[1] + at_state, mask_state, 0.0).to(tl.float32)
         gates_d = gates + d.to(tl.int64) * rows * 4 * H
-        cells_d = cells + d.to(tl.int64) * rows * H
         counter = counters + item * 32
 
-        length = tl.load(lengths + tile) if PACKED else T
+        length = length_of(packing, tile, T)
         row_before = tl.zeros((), tl.int64)
         count_before = 0
         for s in range(length):
-            row, count = rows_of_turn(steps, s, length, d, B, PACKED)
+            row, count = rows_of_turn(packing, s, length, d, B)
             at = gates_d + row * 4 * H + matrix(b, u, 4 * H)
             mask = inside(b, count, u, H)
             # On their way while this program waits for the others.
@@ -226,7 +207,7 @@ def forward_split(
 
             # h of the step before, of all units: a row that has none yet has h_0's.
             before = output + row_before * D * H + d * H + b.to(tl.int64) * D * H
-            first = h_0 + (d * B + b).to(tl.int64) * H
+            first = states_0[0] + (d * B + b).to(tl.int64) * H
             at_h = tl.where(b < count_before, before, first)
             if H % 8 == 0:
                 at_h = tl.multiple_of(at_h, 16)  # which Triton 3.9 does not see, for wide loads
@@ -241,13 +222,13 @@ def forward_split(
             tl.store(output + row * D * H + d * H + matrix(b, u, D * H), h_t, mask)
             signal(counter)
             # What only this program and later kernels read is stored after the signal.
-            if SAVE:
-                tl.store(cells_d + row * H + matrix(b, u, H), c_t, mask)
+            if cells is not None:
+                tl.store(cells + (d.to(tl.int64) * rows + row) * H + matrix(b, u, H), c_t, mask)
                 store_gates(at, activated, mask, H)
             c = tl.where(mask, c_t, c)
             h = tl.where(mask, h_t, h)
             row_before, count_before = row, count
-        tl.store(h_n + at_state, h, mask_state)
-        tl.store(c_n + at_state, c, mask_state)
+        tl.store(states_n[0] + at_state, h, mask_state)
+        tl.store(states_n[1] + at_state, c, mask_state)
     if patience == 0:
         tl.store(status, 1)

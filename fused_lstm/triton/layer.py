@@ -92,23 +92,20 @@ def recurrence_forward(
             state = (h_0[d], c_0[d])
             h_n[d], c_n[d] = forward_steps(call.turns(d), gates[d], saved, columns, state, of)
         return
-    first, last = call.weights[0], call.weights[-1]
-    w_first = _aligned(first.w_hh)
-    biases = (first.b_ih, last.b_ih, first.b_hh, last.b_hh)
+    by_direction = call.weights
+    biases = None
+    if by_direction[0].b_ih is not None:
+        biases = tuple(tuple(_aligned(of[k]) for of in by_direction) for k in (1, 2))
     arguments = (
         gates,
-        gates if cells is None else cells,
+        cells,
         output,
-        h_n,
-        c_n,
-        _aligned(h_0),
-        _aligned(c_0),
-        w_first,
-        _aligned(last.w_hh),
-        *(w_first if of is None else _aligned(of) for of in biases),
+        (h_n, c_n),
+        (_aligned(h_0), _aligned(c_0)),
+        tuple(_aligned(of.w_hh) for of in by_direction),
+        biases,
     )
-    constants = {"BIAS": first.b_ih is not None, "SAVE": cells is not None}
-    _launch((forward_whole, forward_split), arguments, constants, chosen, call)
+    _launch((forward_whole, forward_split), arguments, chosen, call)
 
 
 def recurrence_backward(
@@ -143,21 +140,20 @@ def recurrence_backward(
     arguments = (
         dgates,
         grad_c_0,
-        *(gates if of is None else _aligned(of) for of in given),
+        tuple(map(_aligned, given)),
         gates,
         cells,
         _aligned(c_0),
-        _aligned(call.weights[0].w_hh),
-        _aligned(call.weights[-1].w_hh),
+        tuple(_aligned(of.w_hh) for of in call.weights),
     )
-    has = zip(("HAS_OUTPUT", "HAS_H_N", "HAS_C_N"), given, strict=True)
-    constants = {name: of is not None for name, of in has}
-    _launch((backward_whole, backward_split), arguments, constants, chosen, call)
+    _launch((backward_whole, backward_split), arguments, chosen, call)
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def _aligned(tensor: Tensor | None) -> Tensor | None:
     """As the kernels take it: contiguous, at a multiple of 16 bytes. Without this promise Triton
     would read element by element, or compile again for each combination of alignments."""
+    if tensor is None:
+        return None
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
@@ -221,8 +217,7 @@ def _packing(sizes: list[int], block_b: int, device: torch.device) -> tuple[Tens
 
 def _launch(
     kernels: tuple[Any, Any],
-    arguments: tuple[Tensor, ...],
-    constants: dict[str, Any],
+    arguments: tuple[Any, ...],
     chosen: Plan,
     call: Call,
 ) -> None:
@@ -230,24 +225,20 @@ def _launch(
     device = call.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # Triton launches on the current one
-            return _launch(kernels, arguments, constants, chosen, call)
+            return _launch(kernels, arguments, chosen, call)
     tiles = -(-call.B // chosen.block_b)
-    steps = lengths = arguments[0]  # not read when not packed
-    if call.batch_sizes is not None:
-        steps, lengths = _packing(call.batch_sizes, chosen.block_b, device)
+    sizes = call.batch_sizes
+    packing = None if sizes is None else _packing(sizes, chosen.block_b, device)
     compiled_for = {
-        **constants,
         "H": call.H,
-        "D": call.D,
-        "PACKED": call.batch_sizes is not None,
         "BLOCK_B": chosen.block_b,
         "BLOCK_H": chosen.block_h,
         "PRECISION": _precision(call.dtype),
         **compile_options(chosen, device.type == "cuda" and not torch.version.hip),
     }
-    sizes = (call.T, call.B, call.N)
+    counts = (call.T, call.B, call.N)
     if chosen.kind == "whole":
-        kernels[0][(tiles, call.D)](*arguments, steps, lengths, *sizes, **compiled_for)
+        kernels[0][(tiles, call.D)](*arguments, packing, *counts, **compiled_for)
         return
     status, seen = _status(device)
     if seen[0]:
@@ -263,11 +254,10 @@ def _launch(
     slices = -(-call.H // chosen.block_h)
     kernels[1][(groups * slices,)](
         *arguments,
-        steps,
-        lengths,
+        packing,
         counters,
         status,
-        *sizes,
+        *counts,
         groups,
         tiles,
         PATIENCE,
