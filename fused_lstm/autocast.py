@@ -43,16 +43,16 @@ Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype]
 
 # Not traced: torch.compile takes the answer as it is, and guards on what it depends on.
 @torch.compiler.assume_constant_result
-def dtypes_of_stock(*fields: Any) -> Dtypes | None:
-    """The dtypes that nn.LSTM has for a `Question` of these fields, but for its last; None where it
-    refuses the call.
+def dtypes_of_stock(**fields: Any) -> Dtypes | None:
+    """The dtypes that nn.LSTM has for a `Question` of these fields, all but `library`; None where
+    it refuses the call.
 
     Where oneDNN has no code for the autocast dtype on this processor, nn.LSTM fails with "could not
     create a primitive descriptor"; the dtypes are then those where it has: autocast's for all.
     """
-    on_cpu = fields[0] == "cpu"
+    on_cpu = fields["kind"] == "cpu"
     enabled = torch._C._get_mkldnn_enabled if on_cpu else torch._C._get_cudnn_enabled
-    return _asked(Question._make((*fields, enabled())))
+    return _asked(Question(**fields, library=enabled()))
 
 
 @lru_cache(maxsize=1024)

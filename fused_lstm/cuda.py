@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _C
+from .constant import constant
 
 _BUILT = _C.build_info()["cuda"]
 BUILT = _BUILT.startswith("yes: ")
@@ -46,27 +47,17 @@ def refusal(input: Tensor) -> str | None:
     return absence() or f"it serves tensors on NVIDIA GPUs, and this one is on {input.device}"
 
 
-@torch.compiler.assume_constant_result
+@constant
 def absence() -> str | None:
     """Why there is no GPU that the kernels run on; None where there is one."""
-    return _absence()
-
-
-@lru_cache
-def _absence() -> str | None:
     usable, reason = available()
     return None if usable else reason
 
 
-@torch.compiler.assume_constant_result
+@constant
 def device_refusal(index: int | None) -> str | None:
     """Why the kernels can't run on a GPU, None where they can. A GPU that isn't there is one of a
     FakeTensor's, for which nothing runs."""
-    return _device_refusal(index)
-
-
-@lru_cache
-def _device_refusal(index: int | None) -> str | None:
     if not torch.cuda.is_available():
         return None
     with torch.cuda.device(index):

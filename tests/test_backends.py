@@ -130,11 +130,11 @@ def test_what_triton_can_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 77)
     for capability, usable in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, c=capability: c)
-        triton._device_refusal.cache_clear()
+        triton.device_refusal.forget()
         line = triton.available()
         assert line[0] == usable
         assert "Tesla T4" in line[1] and ("has 7.5" in line[1]) == (not usable)
-    triton._device_refusal.cache_clear()
+    triton.device_refusal.forget()
 
 
 def test_unknown_name() -> None:

@@ -25,6 +25,7 @@ constexpr int64_t kFarRows = 128;  // of x taken together then
 
 template <class T>
 struct ForwardPass {
+  // The other passes begin with the same lines: a base of T would have to be named in each of them.
   using Gemm = typename ProductOf<T>::type;
   using Elem = typename Gemm::Elem;
   using A = Acc<T>;
@@ -43,6 +44,22 @@ struct ForwardPass {
     A* sums;    // (kMaxRows, 4V): one tile
     A* inputs;  // (chunk_rows, 4V): x W_ih^T + b of one block, where it isn't taken ahead
     Elem* x;    // (chunk_rows, x_stride): input rows of a chunk in the product's type
+  };
+  // A step of direction d, the s-th of its recurrence. Its rows begin at `first` of the packed
+  // batch, `active` of them are this thread's, and below `next` they take part in the step after.
+  struct Step {
+    int d;
+    int64_t s, t, first, next;
+    Range active;
+  };
+  // One product: `out` (rows, 4V) = init + operand of the weights, operand's rows `stride` apart.
+  struct Tile {
+    int64_t rows;
+    const Elem* operand;
+    int64_t stride;
+    const A* init;
+    int64_t init_stride;
+    A* out;
   };
 
   const Forward* args;
@@ -212,6 +229,7 @@ struct ForwardPass {
         }
       }
       const int64_t next = s + 1 < seq.T ? seq.rows(a.seq.step(s + 1, false)) : 0;
+      const Step step{d, s, t, seq.first_row(t), next, active};
       for (int64_t block = mine.begin; block < mine.end; ++block) {
         const A* inputs = own.inputs;
         if (ahead) {
@@ -223,13 +241,13 @@ struct ForwardPass {
                         own.inputs);
         }
         const int64_t following = block + 1 < mine.end ? block + 1 : mine.begin;
-        hidden_step(d, block, following, s, t, active, next, inputs, own);
+        hidden_step(step, block, following, inputs, own);
       }
       inputs_at += count_of(active);
       if (!goes_on()) return;
       if (seq.projected) {
         for (int64_t block = projected.begin; block < projected.end; ++block)
-          projection_step(d, block, s, t, active, next, own.sums);
+          projection_step(step, block, own.sums);
         if (!goes_on()) return;
       }
     }
@@ -263,28 +281,27 @@ struct ForwardPass {
                      A* inputs) const {
     for (int64_t r = 0, m; r < rows; r += m) {
       m = Gemm::next_rows(rows - r, 4);
-      product(d, block, int(m), x + r * stride, stride, direction[d].bias + block * kWidth, 0,
-              inputs + r * kWidth, false);
+      product(
+          d, block, false,
+          {m, x + r * stride, stride, direction[d].bias + block * kWidth, 0, inputs + r * kWidth});
     }
   }
 
-  // One tile of sums: `rows` rows of x with W_ih, or of h with W_hh, for one block of units.
-  void product(int d, int64_t block, int rows, const Elem* operand, int64_t stride, const A* init,
-               int64_t init_stride, A* out, bool hidden, const void* to_fetch = nullptr) const {
-    const Direction& dir = direction[d];
-    const int64_t K = hidden ? seq.P : seq.I, padded = hidden ? h_padded : x_padded;
-    if (!dense) {
-      const Elem* panels = hidden ? dir.hidden_panels : dir.input_panels;
-      return Gemm::run(rows, 4,
-                       {operand, stride, Gemm::kStepK, panels + block * kWidth * padded,
-                        padded / Gemm::kStepK, init, init_stride, out, to_fetch});
+  // x W_ih^T, or with `hidden` h W_hh^T, for one block of units.
+  void product(int d, int64_t block, bool hidden, const Tile& tile,
+               const void* to_fetch = nullptr) const {
+    const int rows = int(tile.rows);
+    if (dense) {
+      const auto part = dense_part(d, block, tile.operand, tile.stride, hidden);
+      const int lanes = lanes_at<A>(block * V, seq.H);
+      dense_product<T, Elem>(rows, {lanes, tile.init, tile.init_stride, tile.out, 1, {part}});
+      return;
     }
-    dense_product<T, Elem>(rows, {lanes_at<A>(block * V, seq.H),
-                                  init,
-                                  init_stride,
-                                  out,
-                                  1,
-                                  {dense_part(d, block, operand, stride, hidden)}});
+    const int64_t padded = hidden ? h_padded : x_padded;
+    const Elem* panels = hidden ? direction[d].hidden_panels : direction[d].input_panels;
+    Gemm::run(rows, 4,
+              {tile.operand, tile.stride, Gemm::kStepK, panels + block * kWidth * padded,
+               padded / Gemm::kStepK, tile.init, tile.init_stride, tile.out, to_fetch});
   }
 
   DensePart<T, Elem> dense_part(int d, int64_t block, const Elem* operand, int64_t stride,
@@ -294,55 +311,53 @@ struct ForwardPass {
     return {weights + block * V * K, K, seq.H * K, K, operand, stride};
   }
 
-  void hidden_step(int d, int64_t block, int64_t following, int64_t s, int64_t t,
-                   const Range& active, int64_t next, const A* inputs, const Private& own) const {
-    const Forward& a = args[d];
-    A* sums = own.sums;
-    const Direction& dir = direction[d];
-    const int64_t first = seq.first_row(t), u = block * V;
+  void hidden_step(const Step& step, int64_t block, int64_t following, const A* inputs,
+                   const Private& own) const {
+    const Direction& dir = direction[step.d];
+    const int64_t u = block * V;
     const int lanes = lanes_at<A>(u, seq.H);
-    const Elem* h = dir.h[s % 2];
+    const Elem* h = dir.h[step.s % 2];
     NextPanel next_panel(far, dir.hidden_panels + following * kWidth * h_padded,
                          kWidth * h_padded * int64_t(sizeof(Elem)));
+    const Range& active = step.active;
     for (int64_t r = active.begin, m; r < active.end; r += m) {
       m = Gemm::next_rows(active.end - r, 4);
+      const int64_t row = r - active.begin;
       if (at_once) {
-        const int64_t row = r - active.begin;
+        const auto x = dense_part(step.d, block, own.x + row * x_stride, x_stride, false);
+        const auto hidden = dense_part(step.d, block, h + r * h_stride, h_stride, true);
         dense_product<T, Elem>(int(m),
-                               {lanes,
-                                dir.bias + block * kWidth,
-                                0,
-                                sums,
-                                2,
-                                {dense_part(d, block, own.x + row * x_stride, x_stride, false),
-                                 dense_part(d, block, h + r * h_stride, h_stride, true)}});
+                               {lanes, dir.bias + block * kWidth, 0, own.sums, 2, {x, hidden}});
       } else {
-        product(d, block, int(m), h + r * h_stride, h_stride, inputs + (r - active.begin) * kWidth,
-                kWidth, sums, true, next_panel.part(h_padded / Gemm::kStepK));
+        product(step.d, block, true,
+                {m, h + r * h_stride, h_stride, inputs + row * kWidth, kWidth, own.sums},
+                next_panel.part(h_padded / Gemm::kStepK));
       }
       if (lanes == V) {
-        cells<true>(a, dir, s, first, r, int(m), next, u, lanes, sums);
+        cells<true>(step, r, int(m), u, lanes, own.sums);
       } else {
-        cells<false>(a, dir, s, first, r, int(m), next, u, lanes, sums);
+        cells<false>(step, r, int(m), u, lanes, own.sums);
       }
     }
   }
 
   // Gates, cells and hidden states of rows b to b + rows, units u to u + lanes.
   template <bool whole>
-  void cells(const Forward& a, const Direction& dir, int64_t s, int64_t first, int64_t b, int rows,
-             int64_t next, int64_t u, int lanes, A* sums) const {
+  void cells(const Step& step, int64_t b, int rows, int64_t u, int lanes, A* sums) const {
+    const Forward& a = args[step.d];
+    const Direction& dir = direction[step.d];
     const auto save = [&](int r, const Vec<A>* gate, Vec<A> c) __attribute__((always_inline)) {
       if (!a.gates) return;
-      T* gates = static_cast<T*>(a.gates) + (first + b + r) * 4 * seq.H + u;
+      const int64_t row = step.first + b + r;
+      T* gates = static_cast<T*>(a.gates) + row * 4 * seq.H + u;
       for (int g = 0; g < 4; ++g) store_lanes<whole>(gates + g * seq.H, gate[g], lanes);
-      store_lanes<whole>(static_cast<T*>(a.cells) + (first + b + r) * seq.H + u, c, lanes);
+      store_lanes<whole>(static_cast<T*>(a.cells) + row * seq.H + u, c, lanes);
     };
     const auto emit_row = [&](int r, Vec<A> hidden) __attribute__((always_inline)) {
       if (seq.projected) {
         store_operand<T, whole>(dir.unprojected + (b + r) * m_stride + u, hidden, lanes);
       } else {
-        emit<whole>(a, dir, s, first, b + r, next, u, lanes, hidden);
+        emit<whole>(step, b + r, u, lanes, hidden);
       }
     };
     update_cells(rows, sums, dir.c + b * c_stride + u, c_stride, save, emit_row);
@@ -350,19 +365,20 @@ struct ForwardPass {
 
   // h_t, where the caller, the next step and, after a sequence's last step, h_n want it.
   template <bool whole>
-  void emit(const Forward& a, const Direction& dir, int64_t s, int64_t first, int64_t b,
-            int64_t next, int64_t u, int lanes, Vec<A> h) const {
-    store_lanes<whole>(static_cast<T*>(a.output) + (first + b) * a.output_stride + u, h, lanes);
-    store_operand<T, whole>(dir.h[(s + 1) % 2] + b * h_stride + u, h, lanes);
-    if (b >= next) store_lanes<whole>(static_cast<T*>(a.h_n) + b * seq.P + u, h, lanes);
+  void emit(const Step& step, int64_t b, int64_t u, int lanes, Vec<A> h) const {
+    const Forward& a = args[step.d];
+    T* output = static_cast<T*>(a.output) + (step.first + b) * a.output_stride + u;
+    store_lanes<whole>(output, h, lanes);
+    Elem* operand = direction[step.d].h[(step.s + 1) % 2] + b * h_stride + u;
+    store_operand<T, whole>(operand, h, lanes);
+    if (b >= step.next) store_lanes<whole>(static_cast<T*>(a.h_n) + b * seq.P + u, h, lanes);
   }
 
-  void projection_step(int d, int64_t block, int64_t s, int64_t t, const Range& active,
-                       int64_t next, A* sums) const {
-    const Forward& a = args[d];
-    const Direction& dir = direction[d];
+  void projection_step(const Step& step, int64_t block, A* sums) const {
+    const Direction& dir = direction[step.d];
     const int vectors = projection.vectors_of(block);
-    const int64_t first = seq.first_row(t), column = projection.first(block);
+    const int64_t column = projection.first(block);
+    const Range& active = step.active;
     static const A zeros[kWidth] = {};
     for (int64_t r = active.begin, m; r < active.end; r += m) {
       m = Gemm::next_rows(active.end - r, vectors);
@@ -373,8 +389,7 @@ struct ForwardPass {
       for (int i = 0; i < m; ++i)
         for (int v = 0; v < vectors; ++v) {
           const int64_t u = column + v * V;
-          emit<false>(a, dir, s, first, r + i, next, u, lanes_at<A>(u, seq.P),
-                      load(sums + i * kWidth + v * V));
+          emit<false>(step, r + i, u, lanes_at<A>(u, seq.P), load(sums + i * kWidth + v * V));
         }
     }
   }

@@ -4,12 +4,13 @@ What Triton and GPU there are, and the recurrence that csrc/triton.cpp calls: `l
 and is loaded when it is first called.
 """
 
-from functools import lru_cache
 from importlib import metadata, util
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..constant import constant
 
 OLDEST = (3, 6)
 CAPABILITY = (8, 0)  # of an NVIDIA GPU, the least that Triton supports
@@ -18,7 +19,7 @@ _DISTRIBUTIONS = ("triton", "pytorch-triton", "triton-rocm", "pytorch-triton-roc
                   "pytorch-triton-xpu")  # fmt: skip
 
 
-@lru_cache(maxsize=1)
+@constant
 def installed() -> tuple[bool, str]:
     """Whether there is a Triton that the kernels can be compiled with, and which or why not."""
     if util.find_spec("triton") is None:
@@ -62,8 +63,8 @@ def available() -> tuple[bool, str]:
 
 def refusal(input: Tensor) -> str | None:
     """Why the kernels can't serve a call for where its tensor is; None where they can."""
-    reason = _not_installed()
-    if reason is not None:
+    usable, reason = installed()
+    if not usable:
         return reason
     if input.device.type in _DEVICES:
         return device_refusal(input.device.type, input.device.index)
@@ -72,33 +73,17 @@ def refusal(input: Tensor) -> str | None:
     return absence() or f"it serves tensors on GPUs, and this one is on {input.device}"
 
 
-@torch.compiler.assume_constant_result
-def _not_installed() -> str | None:
-    usable, reason = installed()
-    return None if usable else reason
-
-
-@torch.compiler.assume_constant_result
+@constant
 def absence() -> str | None:
     """Why there is no GPU that the kernels run on; None where there is one."""
-    return _absence()
-
-
-@lru_cache
-def _absence() -> str | None:
     usable, reason = available()
     return None if usable else reason
 
 
-@torch.compiler.assume_constant_result
+@constant
 def device_refusal(kind: str, index: int | None) -> str | None:
     """Why the kernels can't run on a GPU, None where they can. A GPU that isn't there is one of a
     FakeTensor's, for which nothing runs."""
-    return _device_refusal(kind, index)
-
-
-@lru_cache
-def _device_refusal(kind: str, index: int | None) -> str | None:
     if kind != "cuda" or torch.version.hip or not torch.cuda.is_available():
         return None
     found = torch.cuda.get_device_capability(index)
