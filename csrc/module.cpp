@@ -1,5 +1,8 @@
 // fused_lstm._C: what was built, and what this processor offers. Importing it loads
-// libfused_lstm.so, which registers the operators. No torch headers here, but in module_stream.cpp.
+// libfused_lstm.so, which registers the operators. No torch headers here, but in
+// module_stream.cpp and module_sampler.cpp.
+
+#include "module.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -14,7 +17,6 @@
 #include "build_info.h"
 #include "cpu/dispatch.h"
 #include "cpu/processors.h"
-#include "module_stream.h"
 #ifdef FUSED_LSTM_HAVE_CUDA
 #include "cuda/kernels.h"
 #include "cuda/plan.h"
@@ -139,6 +141,7 @@ PYBIND11_MODULE(_C, m) {
       "False, for tests: of threads that meet at every step, the last to come to their first "
       "meeting goes on alone.");
   define_stream(m);
+  define_sampler(m);
   py::class_<cpu::Contention>(m, "Contention", "How calls avoid processors in demand.")
       .def(py::init<int64_t>(), py::arg("first"))
       .def("paused", &cpu::Contention::paused, py::arg("now"))

@@ -1,7 +1,7 @@
 from collections.abc import Sequence
 from typing import TypedDict
 
-from torch import Tensor
+from torch import Generator, Tensor
 
 class Processors(TypedDict):
     affinity: int
@@ -44,6 +44,34 @@ class Stream:
     def weight_bytes(self) -> int: ...
     @property
     def state_bytes(self) -> int: ...
+
+class Sampler:
+    def __init__(
+        self,
+        dtype: str,
+        width: str,
+        batch_size: int,
+        input_size: int,
+        hidden_size: int,
+        proj_size: int,
+        layers: Sequence[Sequence[Tensor | None]],
+        vocabulary: int,
+        weights: Sequence[Tensor | None],
+    ) -> None: ...
+    def draw(
+        self,
+        ids: Tensor,
+        length: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        stop: Sequence[int],
+        generator: Generator | None,
+    ) -> Tensor: ...
+    def state(self) -> tuple[Tensor, Tensor]: ...
+    def set_state(self, h_0: Tensor, c_0: Tensor) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
 
 # Only where build_info()["cuda"] begins with "yes":
 def cuda_plan(

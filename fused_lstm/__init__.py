@@ -3,6 +3,15 @@
 from .backends import backend, backends
 from .convert import replace_lstm, restore_lstm
 from .explain import explain
+from .generation import generate
 from .module import FusedLSTM
 
-__all__ = ["FusedLSTM", "backend", "backends", "explain", "replace_lstm", "restore_lstm"]
+__all__ = [
+    "FusedLSTM",
+    "backend",
+    "backends",
+    "explain",
+    "generate",
+    "replace_lstm",
+    "restore_lstm",
+]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import _C
-from .backends import KERNEL_DTYPES
+from .backends import KERNEL_DTYPES, choose
 from .functional import States, check_weight_shapes
+from .steps import Sizes, Steps
 
 if TYPE_CHECKING:
     from .module import FusedLSTM
@@ -30,18 +31,21 @@ class Stream:
     gives the bits that the module gives when it is called with one step. Threads may each have a
     stream; one that is called by two at once raises RuntimeError.
 
+    On the CPU a step is one native call. Elsewhere it is the module's own, captured on CUDA into a
+    graph when it is first taken, and the bits are those that it gives there.
+
     Args:
-        lstm: the module, in one direction, on the CPU.
+        lstm: the module, in one direction.
         batch_size: B, the sequences that go on side by side.
         dtype: of what goes in and comes out, and of the sums where that is wider than 16 bits:
             float32, float64, bfloat16, float16. The parameters' if not given.
         weights: the dtype that the weights are kept in, which a small step does little but read.
             bfloat16 (for a float32 stream), or int8, symmetric with a scale a row (not for
-            float64); biases, states and sums stay as they are. `dtype` if not given.
+            float64), on the CPU; biases, states and sums stay as they are. `dtype` if not given.
 
     Raises:
         ValueError: the module has two directions, or no stream has this dtype or these weights.
-        RuntimeError: the module isn't on the CPU, or a parameter has the wrong shape.
+        RuntimeError: a parameter has the wrong shape, or a backend is forced that can't serve it.
     """
 
     def __init__(
@@ -56,24 +60,26 @@ class Stream:
             raise ValueError("a stream has one direction: the other begins at a sequence's end")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self._lstm = lstm
+        own = self._parameters()[0]
         self.batch_size = batch_size
-        parameter: Any = lstm.weight_ih_l0
-        self.dtype: torch.dtype = parameter.dtype if dtype is None else dtype
+        self.dtype = own.dtype if dtype is None else dtype
         self.weights = self.dtype if weights is None else weights
         if self.dtype not in KERNEL_DTYPES:
             raise ValueError(f"no stream computes in {self.dtype}")
         if self.weights != self.dtype and self.dtype not in NARROWER.get(self.weights, ()):
             raise ValueError(f"no stream in {self.dtype} keeps its weights in {self.weights}")
-        self._lstm = lstm
-        self._core: Any = _C.Stream(
-            str(self.dtype),
-            str(self.weights),
-            batch_size,
-            lstm.input_size,
-            lstm.hidden_size,
-            lstm.proj_size,
-            self._layers(),
-        )
+        self._native = choose(own, self.dtype, None) == "cpu"
+        if not self._native and self.weights != self.dtype:
+            raise ValueError(f"a stream on {own.device} keeps its weights in its own dtype")
+        sizes = Sizes(lstm.input_size, lstm.hidden_size, lstm.num_layers, lstm.bias, lstm.proj_size)
+        self._core: Any
+        if self._native:
+            I, H, P = lstm.input_size, lstm.hidden_size, lstm.proj_size  # noqa: E741
+            dtypes = str(self.dtype), str(self.weights)
+            self._core = _C.Stream(*dtypes, batch_size, I, H, P, self._layers())
+        else:
+            self._core = Steps(sizes, batch_size, self._copies())
 
     def __call__(self, input: Tensor, out: Tensor | None = None) -> Tensor:
         """The last layer's output for one step or several; the states move on by as many.
@@ -128,29 +134,39 @@ class Stream:
 
     def refresh(self) -> None:
         """Takes the module's weights anew, the states stay. Forks keep what they have."""
-        self._core.pack(self._layers())
+        self._core.pack(self._layers() if self._native else self._copies())
 
     @property
     def nbytes(self) -> tuple[int, int]:
         """Bytes of the packed weights, which forks share, and of the states."""
         return self._core.weight_bytes, self._core.state_bytes
 
-    def _layers(self) -> list[list[Tensor | None]]:
-        """w_ih, w_hh, b_ih, b_hh, w_hr of each layer, dense, None where there is none."""
+    def _parameters(self) -> list[Tensor]:
         lstm = self._lstm
-        flat = [getattr(lstm, name).detach() for name in lstm._flat_weights_names]
-        P = lstm.proj_size or lstm.hidden_size
-        check_weight_shapes(flat, lstm, P, 1)
-        # bytes are made of float32
-        kept = torch.float32 if self.weights is torch.int8 else self.weights
-        layers = []
-        each = len(flat) // lstm.num_layers
-        for first in range(0, len(flat), each):
-            weights: list[Tensor | None] = [
-                weight.to(kept if weight.dim() == 2 else self.dtype).contiguous()
-                for weight in flat[first : first + each]
-            ]
-            projection = weights.pop() if lstm.proj_size else None
-            weights += [None] * (4 - len(weights))
-            layers.append([*weights, projection])
-        return layers
+        flat: list[Tensor] = [getattr(lstm, name).detach() for name in lstm._flat_weights_names]
+        check_weight_shapes(flat, lstm, lstm.proj_size or lstm.hidden_size, 1)
+        return flat
+
+    def _copies(self) -> list[Tensor]:
+        return [weight.to(self.dtype, copy=True) for weight in self._parameters()]
+
+    def _layers(self) -> list[list[Tensor | None]]:
+        return layers_of(self._parameters(), self._lstm, self.dtype, self.weights)
+
+
+def layers_of(
+    flat: Sequence[Tensor], lstm: FusedLSTM, dtype: torch.dtype, weights: torch.dtype
+) -> list[list[Tensor | None]]:
+    """w_ih, w_hh, b_ih, b_hh, w_hr of each layer, dense, None where there is none, as the native
+    part takes them that keeps matrices in the dtype `weights`."""
+    kept = torch.float32 if weights is torch.int8 else weights  # bytes are made of float32
+    each = len(flat) // lstm.num_layers
+    layers = []
+    for first in range(0, len(flat), each):
+        layer: list[Tensor | None] = [
+            weight.to(kept if weight.dim() == 2 else dtype).contiguous()
+            for weight in flat[first : first + each]
+        ]
+        projection = layer.pop() if lstm.proj_size else None
+        layers.append([*layer, *[None] * (4 - len(layer)), projection])
+    return layers

@@ -37,6 +37,27 @@ struct StreamWeights {
   const void *ih, *hh, *bias_ih, *bias_hh, *hr;  // null where absent
 };
 
+// A stream of ids, which go in and out: a row of a table or an embedding goes into the first layer
+// (whose I is 0 with a table), and a head makes scores of what comes out of the last.
+struct StreamText {
+  int64_t vocabulary;
+  bool table;    // of x W_ih^T + b, else an embedding
+  void* kept;    // all of it, 64-byte aligned, of the kernel's own layout
+  int64_t* ids;  // (T + 1, B), of which the first `given` steps are given
+  int64_t given;
+  // Scores (B, vocabulary) after step t, from the last given one on: writes the next step's ids.
+  // False: there is no next step.
+  bool (*draw)(void* context, int64_t t, const double* scores);
+  void* context;
+};
+
+struct StreamTextWeights {
+  const void *head,
+      *bias;          // (vocabulary, P), in the type that weights come in; (vocabulary), or null
+  const void* table;  // (vocabulary, 4H), float (double for double), or null
+  const void* embedding;  // (vocabulary, I), or null
+};
+
 // T steps. weights and state are 64-byte aligned and of the kernel's own layout.
 struct StreamCall {
   StreamShape shape;
@@ -47,16 +68,19 @@ struct StreamCall {
   int64_t x_stride_t, x_stride_b;
   void* y;  // (T, B, P) by strides, last dimension dense
   int64_t y_stride_t, y_stride_b;
+  const StreamText* text;  // null: x goes in and y comes out
 };
 
 // The entry points for one compute dtype and one width of the weights; null where there are none.
 struct StreamKernel {
   int64_t (*weight_bytes)(const StreamCall& call);
   int64_t (*state_bytes)(const StreamCall& call);
+  int64_t (*text_bytes)(const StreamCall& call);
   void (*pack)(const StreamCall& call, int64_t layer, const StreamWeights& weights);
-  // h (L, B, P) and c (L, B, H) of the compute dtype: of rows [begin, end); null: zeros.
+  void (*pack_text)(const StreamCall& call, const StreamTextWeights& weights);
+  // h (L, B, P) and c (L, B, H) of the compute dtype, of rows [begin, end); null: zeros.
   void (*write)(const StreamCall& call, int64_t begin, int64_t end, const void* h, const void* c);
-  void (*read)(const StreamCall& call, void* h, void* c);
+  void (*read)(const StreamCall& call, int64_t begin, int64_t end, void* h, void* c);
   int64_t (*workspace)(const StreamCall* call, int, int threads);
   Waits (*run)(const StreamCall* call, int, Crew crew, void* workspace);
 };

@@ -43,26 +43,25 @@ static Waits run(const Args* args, int directions, Crew crew, void* workspace) {
   return waits;
 }
 
-// A stream's pass, for what needs no call.
-template <class Pass>
-static Pass stream_of(const StreamCall& call) {
-  return Pass(&call, 1, 1);
-}
-
 template <class T, class Gemm>
 constexpr StreamKernel stream_kernel() {
   using Pass = StreamPass<T, Gemm>;
-  return {[](const StreamCall& call) { return stream_of<Pass>(call).weight_bytes(); },
-          [](const StreamCall& call) { return stream_of<Pass>(call).state_bytes(); },
+  using Layout = StreamLayout<T, Gemm>;
+  return {[](const StreamCall& call) { return Layout(call).weight_bytes(); },
+          [](const StreamCall& call) { return Layout(call).state_bytes(); },
+          [](const StreamCall& call) { return Layout(call).text_bytes(); },
           [](const StreamCall& call, int64_t layer, const StreamWeights& weights) {
-            stream_of<Pass>(call).pack(layer, weights);
+            Layout(call).pack(layer, weights);
+          },
+          [](const StreamCall& call, const StreamTextWeights& weights) {
+            Layout(call).pack_text(weights);
           },
           [](const StreamCall& call, int64_t begin, int64_t end, const void* h, const void* c) {
-            stream_of<Pass>(call).write_state({begin, end}, static_cast<const T*>(h),
-                                              static_cast<const T*>(c));
+            Layout(call).write_state({begin, end}, static_cast<const T*>(h),
+                                     static_cast<const T*>(c));
           },
-          [](const StreamCall& call, void* h, void* c) {
-            stream_of<Pass>(call).read_state(static_cast<T*>(h), static_cast<T*>(c));
+          [](const StreamCall& call, int64_t begin, int64_t end, void* h, void* c) {
+            Layout(call).read_state({begin, end}, static_cast<T*>(h), static_cast<T*>(c));
           },
           workspace_bytes<Pass, StreamCall>,
           run<Pass, StreamCall>};

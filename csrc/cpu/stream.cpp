@@ -32,7 +32,7 @@ Stream::Stream(Dtype dtype, StreamWidth width, const StreamShape& shape,
                const std::vector<StreamWeights>& layers)
     : dtype_(dtype),
       kernel_(kernel_of(dtype, width)),
-      call_{shape, nullptr, nullptr, 0, 0, nullptr, 0, 0, nullptr, 0, 0},
+      call_{shape, nullptr, nullptr, 0, 0, nullptr, 0, 0, nullptr, 0, 0, nullptr},
       state_(kernel_.state_bytes(call_)),
       products_(products(shape)) {
   call_.state = state_.data();
@@ -73,12 +73,16 @@ void Stream::run(int64_t T, const Rows& x, const Rows& y, int threads) {
   call.y = y.data;
   call.y_stride_t = y.stride_t;
   call.y_stride_b = y.stride_b;
+  run_call(call, threads);
+  call_.current = (call_.current + T) % 2;
+}
+
+void Stream::run_call(const StreamCall& call, int threads) const {
   if (threads > 1) {
-    Threads(T * products_, threads).run(kernel_.workspace, kernel_.run, &call, 1);
+    Threads(call.T * products_, threads).run(kernel_.workspace, kernel_.run, &call, 1);
   } else {
     kernel_.run(&call, 1, Crew{1}, workspace(kernel_.workspace(&call, 1, 1)));
   }
-  call_.current = (call_.current + T) % 2;
 }
 
 void Stream::reset() {
@@ -98,7 +102,7 @@ void Stream::write(const void* h, const void* c) {
 
 void Stream::read(void* h, void* c) const {
   const InUse guard(in_use_);
-  kernel_.read(call_, h, c);
+  kernel_.read(call_, 0, call_.shape.B, h, c);
 }
 
 }  // namespace fused_lstm::cpu

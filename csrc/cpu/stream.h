@@ -43,7 +43,7 @@ class Stream {
   int64_t weight_bytes() const { return weights_->bytes(); }
   int64_t state_bytes() const { return state_.bytes(); }
 
- private:
+ protected:
   // Multiply-adds of a call below which one thread is as fast, or nearly, and waits for nobody.
   static constexpr int64_t kSharedProducts = 1'000'000;
   // The same, below which it isn't worth letting go of Python's lock: some 20 us.
@@ -71,6 +71,9 @@ class Stream {
    private:
     std::atomic<bool>& flag_;
   };
+
+  // In use. current is left as it is.
+  void run_call(const StreamCall& call, int threads) const;
 
   Dtype dtype_;
   const StreamKernel& kernel_;

@@ -1,11 +1,11 @@
 // Streams without Python and torch, for a sanitizer to watch and for machines that have neither:
 // each gives the bits of single steps of the forward kernel where it is to, and the same by ten
 // threads that have a fork each, by several threads that share its steps, and by many steps in one
-// call.
+// call. Ids that are drawn do not depend on threads either.
 #include <cinttypes>
 #include <thread>
 
-#include "../../csrc/cpu/stream.h"
+#include "../../csrc/cpu/sampler.h"
 #include "../../csrc/cpu/threads.h"
 #include "layer.h"
 
@@ -98,6 +98,25 @@ static Buffer step_by_step(const Layers& layers) {
   return output;
 }
 
+// Ids drawn one after the other, by so many threads, with an embedding.
+static std::vector<int64_t> drawn(const Layers& layers, StreamWidth width, int threads) {
+  constexpr int64_t kVocabulary = 37, kLength = 9;
+  const StreamShape& s = layers.shape;
+  const Layers heads({1, 1, s.P, kVocabulary, kVocabulary, false}, layers.dtype, layers.kept);
+  const Layers rows({1, 1, s.I, kVocabulary, kVocabulary, false}, layers.dtype, layers.dtype);
+  const auto &head = heads.buffers[0], &bias = heads.buffers[2];  // at least so many numbers
+  cpu::Sampler sampler(layers.dtype, width, s, layers.weights(), kVocabulary,
+                       {head.at(0), bias.at(0), nullptr, rows.buffers[0].at(0)});
+  std::vector<int64_t> ids(size_t((1 + kLength) * s.B));
+  std::mt19937_64 random(20261127);
+  const auto uniform = [&](double* to, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = double(random() >> 11) * 0x1p-53;
+  };
+  const int64_t steps = sampler.draw(ids.data(), 1, kLength, {1.0, 20, 0.9}, {3}, uniform, threads);
+  ids.push_back(steps);
+  return ids;
+}
+
 static bool same(const Buffer& a, const Buffer& b) {
   return std::memcmp(a.at(0), b.at(0), size_t(a.count) * kernel_layers::element_bytes(a.dtype)) ==
          0;
@@ -125,6 +144,7 @@ static int check(const StreamShape& shape, Dtype dtype, StreamWidth width) {
   Stream chunk(made), shared(made);
   expect(same(outputs(chunk, layers, kSteps, 1), expected), "other bits in one call");
   expect(same(outputs(shared, layers, 2, 3), expected), "other bits by several threads");
+  expect(drawn(layers, width, 1) == drawn(layers, width, 3), "other ids by several threads");
   std::vector<std::unique_ptr<Stream>> forks;
   std::vector<std::thread> threads;
   bool good[10] = {};
