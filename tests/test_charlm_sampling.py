@@ -1,6 +1,12 @@
 """charlm sample: what is drawn, from which prompt, and what is refused."""
 
+import fcntl
 import math
+import os
+import pty
+import subprocess
+import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -9,7 +15,7 @@ from charlm.cli import main
 from charlm.corpus import builtin_text
 from charlm.errors import CharlmError
 from charlm.model import CharacterModel
-from charlm.sampling import choose, sample
+from charlm.sampling import Writer, sample
 from charlm.vocabulary import Vocabulary
 from click.testing import CliRunner
 
@@ -65,42 +71,6 @@ def test_a_seed_decides_the_text(model: CharacterModel) -> None:
     assert texts[0] == texts[1] != texts[2]
     assert all(len(text) == 63 and text.startswith("abc") for text in texts)
     assert sample(model, VOCABULARY, "abc", 0) == "abc"
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, [0.5, 0.3, 0.15, 0.05]),
-        ({"top_k": 2}, [0.625, 0.375, 0, 0]),
-        ({"top_p": 0.5}, [1, 0, 0, 0]),
-        ({"top_p": 0.51}, [0.625, 0.375, 0, 0]),
-        # 0.3 / 0.95 is what top-k leaves of the second; the two together exceed 0.84.
-        ({"top_k": 3, "top_p": 0.84}, [0.625, 0.375, 0, 0]),
-        ({"temperature": 0.5}, [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365]),
-        ({"temperature": 1e300}, [0.25] * 4),
-    ],
-    ids=str,
-)
-def test_probabilities(options: dict, expected: list[float], seed: int) -> None:
-    order = [2, 0, 3, 1]  # not sorted: the ids must come back through the sorting
-    logits = torch.empty(4)
-    logits[order] = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    generator = torch.Generator().manual_seed(seed)
-    draws = 4000
-    counts = [0] * 4
-    for _ in range(draws):
-        counts[choose(logits, generator, **options)] += 1
-    for index, probability in zip(order, expected, strict=True):
-        deviation = math.sqrt(probability * (1 - probability) / draws)
-        assert abs(counts[index] / draws - probability) <= 5 * deviation, (counts, seed)
-
-
-def test_equal_scores_are_taken_in_order() -> None:
-    logits = torch.tensor([0.0, 1.0, 1.0, 1.0])
-    generator = torch.Generator().manual_seed(0)
-    assert choose(logits, generator, temperature=0) == 1
-    assert {choose(logits, generator, top_k=1) for _ in range(20)} == {1}
-    assert {choose(logits, generator, top_k=2) for _ in range(50)} == {1, 2}
 
 
 @pytest.mark.parametrize(
@@ -185,7 +155,103 @@ def test_command_refuses(run: Path, arguments: list[str], message: str) -> None:
     assert message in result.output
 
 
+def drawn(writer: Writer, *arguments: object) -> list[str]:
+    return ["".join(of) for of in zip(*writer.write(*arguments), strict=True)]
+
+
+@pytest.mark.parametrize("cell", ["fused", "lstm", "gru"])
+def test_texts_side_by_side_and_one_after_the_other(cell: str, seed: int) -> None:
+    model = CharacterModel(17, embedding=0, hidden=9, layers=1, dropout=0.5, cell=cell).eval()
+    writer = Writer(model, VOCABULARY, 3, seed=seed)
+    assert [len(text) for text in next(writer.write("abc", 70))] == [32] * 3
+    texts = drawn(writer, "abc", 70)
+    assert len(set(texts)) == 3 and {len(text) for text in texts} == {70}
+
+    # All that was drawn has gone in, and what is typed after it.
+    writer = Writer(model, VOCABULARY, temperature=0)
+    (first,), (second,) = drawn(writer, "abc", 40), drawn(writer, "dab", 40)
+    assert second == sample(model, VOCABULARY, f"abc{first}dab", 40, temperature=0)[46:]
+
+
+@pytest.mark.parametrize("texts", [1, 3])
+def test_a_text_ends_behind_stop(model: CharacterModel, texts: int) -> None:
+    whole = drawn(Writer(model, VOCABULARY, texts, temperature=3), "a", 90)
+    stop = whole[0][40:43]
+    found = drawn(Writer(model, VOCABULARY, texts, temperature=3), "a", 90, stop)
+    assert found == ["".join(text.partition(stop)[:2]) for text in whole]
+
+
+def test_characters_of_several_bytes_come_whole() -> None:
+    vocabulary = Vocabulary(bytes(range(256)).decode("latin-1"), "bytes")
+    decode = vocabulary.decoder()
+    assert [decode([byte], False) for byte in "\u2603!".encode()] == ["", "", "\u2603", "!"]
+    assert decode([0xE2], True) == vocabulary.decode([0xE2]) == "\ufffd"
+
+
 def test_command_on_something_else(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["sample", str(tmp_path)])
     assert result.exit_code == 1
     assert "has no config.json: give the folder of a charlm run" in result.output
+
+
+def test_command_draws_several_and_says_how_fast(run: Path) -> None:
+    options = ["--samples", 3, "--length", 40, "--weights", "int8", "--stats", "--prompt", "The "]
+    result = CliRunner().invoke(main, ["sample", str(run), *map(str, options)])
+    assert result.exit_code == 0, result.output
+    parts = result.stdout.split(" of 3 ---\n")
+    assert len(parts) == 4 and all(part.startswith("The ") for part in parts[1:])
+    assert "120 characters in " in result.stderr and "characters a second" in result.stderr
+
+
+def test_command_reads_a_prompt_and_stops(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("def \n", encoding="utf-8", newline="")
+    text = charlm_sample(run, "--prompt", f"FILE:{tmp_path}/prompt.txt", "--stop", "e")
+    assert text.startswith("def \n") and text[5:].find("e") == len(text) - 7
+    result = CliRunner().invoke(main, ["sample", str(run), "--prompt", f"FILE:{tmp_path}/no"])
+    assert result.exit_code == 1 and "cannot read the prompt" in result.output
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no pseudo-terminals")
+def test_interactive_on_a_terminal(run: Path) -> None:
+    command = [sys.executable, "-m", "charlm", "sample", str(run), "--interactive"]
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*command, "--length", "100000000"], stdin=theirs, stdout=theirs, stderr=theirs,
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(theirs)
+    shown = b""
+
+    def wait_for(text: bytes) -> None:
+        nonlocal shown
+        while text not in shown:
+            shown += os.read(ours, 65536)
+        shown = shown.partition(text)[2]
+
+    wait_for(b"> ")
+    os.write(ours, "\u2603\n".encode())
+    wait_for(b"which is not among the")
+    for typed in (b"The \n", b"\n", b"of "):
+        wait_for(b"> ")
+        os.write(ours, typed)
+        if typed.endswith(b"\n"):
+            while len(shown) < 500:  # the text goes on
+                shown += os.read(ours, 65536)
+        os.write(ours, b"\x03")  # Ctrl-C ends a text, or a line
+        shown = b""
+    wait_for(b"> ")
+    os.write(ours, b"\x04")
+    assert process.wait(60) == 0
+    os.close(ours)
+
+
+def test_eval_with_narrower_weights(run: Path) -> None:
+    def loss(*options: str) -> float:
+        result = CliRunner().invoke(main, ["eval", str(run), "--split", "train", *options])
+        assert result.exit_code == 0, result.output
+        return float(next(line.split()[-1] for line in result.output.splitlines()
+                          if line.startswith("bits per")))  # fmt: skip
+
+    exact = loss()
+    assert abs(loss("--weights", "bf16") - exact) < 0.002
+    assert abs(loss("--weights", "int8") - exact) < 0.01

@@ -16,9 +16,7 @@ def _fused(**arguments: Any) -> nn.RNNBase:
     try:
         from fused_lstm import FusedLSTM
     except ImportError as error:
-        raise CharlmError(
-            f"cell 'fused' needs fused_lstm ({error}): reinstall it, or pass --cell lstm"
-        ) from error
+        raise CharlmError(f"cell 'fused' needs fused_lstm ({error}): reinstall it") from error
     return FusedLSTM(**arguments)
 
 
@@ -123,14 +121,16 @@ class CharacterModel(nn.Module):
 
     def forward(self, ids: Tensor, states: States) -> tuple[Tensor, States]:
         """ids (B, T) int64 and states as of `zero_states` -> logits (B*T, V), states."""
-        if self.hyperparameters["embedding"]:
-            features = self.embedding(ids)  # (B, T, E)
-        else:
-            features = functional.one_hot(ids, self.vocabulary_size).to(self.linear.weight.dtype)
         # A GRU's or an RNN's state is one tensor, not a pair.
-        output, last = self.recurrent(features, states if len(states) > 1 else states[0])
+        output, last = self.recurrent(self.features(ids), states if len(states) > 1 else states[0])
         states = last if isinstance(last, tuple) else (last,)
         return self.linear(self.dropout(output)).flatten(0, 1), states  # output: (B, T, H)
+
+    def features(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> what goes into the recurrent layers, (B, T, E or V)."""
+        if self.hyperparameters["embedding"]:
+            return self.embedding(ids)
+        return functional.one_hot(ids, self.vocabulary_size).to(self.linear.weight.dtype)
 
     def zero_states(self, batch_size: int) -> States:
         """Zero (h, c), or (h,) of a GRU or an RNN, each (layers, batch_size, H)."""

@@ -1,6 +1,7 @@
 """What an id stands for: a character of the training text, or a byte."""
 
-from collections.abc import Sequence
+import codecs
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -101,9 +102,15 @@ class Vocabulary:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; bytes that aren't UTF-8 become U+FFFD."""
+        return self.decoder()(ids, True)
+
+    def decoder(self) -> Callable[[Sequence[int], bool], str]:
+        """`decode` for ids that come in pieces, with whether one is the last: until then, bytes
+        that may be the beginning of a character are kept back."""
         if self.unit == "bytes":
-            return bytes(int(index) for index in ids).decode("utf-8", errors="replace")
-        return "".join(self.characters[index] for index in ids)
+            utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+            return lambda ids, last: utf8.decode(bytes(ids), last)
+        return lambda ids, last: "".join(self.characters[index] for index in ids)
 
     def _shown(self) -> str:
         """The characters, or as many as a line takes."""

@@ -17,6 +17,7 @@ from charlm.evaluation import bits_per_character, evaluate, perplexity
 from charlm.results import table
 from charlm.runfolder import RunFolder
 from charlm.runs import same_text
+from charlm.sampling import WEIGHTS
 from charlm.settings import Config
 from charlm.training import device_of
 from charlm.vocabulary import Vocabulary
@@ -39,6 +40,9 @@ SPLITS = ("train", "validation", "test")
 @click.option("--batch-size", type=click.IntRange(1), help="Rows at a time.  [default: the run's]")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, auto.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's]")
+@click.option(
+    "--weights", type=click.Choice(list(WEIGHTS)), help="Kept narrower, as charlm sample may."
+)
 def eval_command(
     run: Path,
     part: str | None,
@@ -46,6 +50,7 @@ def eval_command(
     batch_size: int | None,
     device: str,
     threads: int | None,
+    weights: str | None,
 ) -> None:
     """Print the loss of RUN on a part of its text: mean cross-entropy, dropout off."""
     if threads is not None:
@@ -69,7 +74,7 @@ def eval_command(
             f"{config.window} and the character after it"
         )
     began = time.perf_counter()
-    loss = evaluate(model, batches)
+    loss = evaluate(model, batches, weights=WEIGHTS[weights] if weights else None)
     seconds = time.perf_counter() - began
     if not math.isfinite(loss):
         raise CharlmError(f"the loss is {loss}: the weights of {run} are no use")
