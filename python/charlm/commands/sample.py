@@ -123,14 +123,11 @@ def converse(show: Show) -> None:
     click.echo("Type, and the text goes on; Ctrl-C ends a text, Ctrl-D all.", err=True)
     while True:
         try:
-            line = input("> ")
+            show.one(input("> "), echo=False)
         except EOFError:
             click.echo()
             return
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # amid a line, or for the second time amid a text
             click.echo()
-            continue
-        try:
-            show.one(line, echo=False)
         except CharlmError as error:
             click.echo(f"Error: {error}", err=True)
