@@ -20,6 +20,7 @@ def test_public_names() -> None:
         "backend",
         "backends",
         "explain",
+        "generate",
         "replace_lstm",
         "restore_lstm",
     }
