@@ -65,7 +65,8 @@ class Writer:
         """Takes the prompt in, all of it, and yields what comes after it piece by piece: of each
         text `length` characters, or fewer where one has come to `stop`, which is its end.
 
-        Where it is broken off between two pieces, the next prompt goes on from there.
+        Where it is broken off between two pieces, the next prompt goes on from there. With a
+        length of 0 nothing is taken in.
 
         Raises:
             CharlmError: no prompt at the beginning, a character outside the vocabulary, a model
