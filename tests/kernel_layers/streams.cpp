@@ -98,15 +98,25 @@ static Buffer step_by_step(const Layers& layers) {
   return output;
 }
 
-// Ids drawn one after the other, by so many threads, with an embedding.
-static std::vector<int64_t> drawn(const Layers& layers, StreamWidth width, int threads) {
+// Ids drawn one after the other, by so many threads, with an embedding or a table.
+static std::vector<int64_t> drawn(const Layers& layers, StreamWidth width, int threads,
+                                  bool tabled) {
   constexpr int64_t kVocabulary = 37, kLength = 9;
-  const StreamShape& s = layers.shape;
+  StreamShape s = layers.shape;
   const Layers heads({1, 1, s.P, kVocabulary, kVocabulary, false}, layers.dtype, layers.kept);
   const Layers rows({1, 1, s.I, kVocabulary, kVocabulary, false}, layers.dtype, layers.dtype);
   const auto &head = heads.buffers[0], &bias = heads.buffers[2];  // at least so many numbers
-  cpu::Sampler sampler(layers.dtype, width, s, layers.weights(), kVocabulary,
-                       {head.at(0), bias.at(0), nullptr, rows.buffers[0].at(0)});
+  std::vector<StreamWeights> weights = layers.weights();
+  cpu::StreamTextWeights text{head.at(0), bias.at(0), nullptr, rows.buffers[0].at(0)};
+  Buffer table(layers.dtype == kFloat64 ? kFloat64 : kFloat32, kVocabulary * 4 * s.H);
+  for (int64_t k = 0; k < table.count; ++k) table.set(k, float(k % 7) / 7);
+  if (tabled) {
+    s.I = 0;
+    weights[0].ih = weights[0].bias_ih = weights[0].bias_hh = nullptr;
+    text.table = table.at(0);
+    text.embedding = nullptr;
+  }
+  cpu::Sampler sampler(layers.dtype, width, s, weights, kVocabulary, text);
   std::vector<int64_t> ids(size_t((1 + kLength) * s.B));
   std::mt19937_64 random(20261127);
   const auto uniform = [&](double* to, int64_t count) {
@@ -144,7 +154,9 @@ static int check(const StreamShape& shape, Dtype dtype, StreamWidth width) {
   Stream chunk(made), shared(made);
   expect(same(outputs(chunk, layers, kSteps, 1), expected), "other bits in one call");
   expect(same(outputs(shared, layers, 2, 3), expected), "other bits by several threads");
-  expect(drawn(layers, width, 1) == drawn(layers, width, 3), "other ids by several threads");
+  for (bool tabled : {false, true})
+    expect(drawn(layers, width, 1, tabled) == drawn(layers, width, 3, tabled),
+           "other ids by several threads");
   std::vector<std::unique_ptr<Stream>> forks;
   std::vector<std::thread> threads;
   bool good[10] = {};
