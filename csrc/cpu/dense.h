@@ -51,7 +51,7 @@ constexpr bool worth_dense(int64_t rows, int64_t K) {
 template <class T, class Elem>
 struct DensePart {
   const T* weights;  // of each gate `lanes` rows (at most a vector's lanes), `stride` apart
-  int64_t stride;    // 0: kept as pack_rows leaves them
+  int64_t stride;    // without meaning where they are kept
   int64_t gate_stride, K;
   const Elem* operand;  // rows operand_stride apart
   int64_t operand_stride;
@@ -152,21 +152,20 @@ static __attribute__((noinline)) void dense_tile(const DenseTile<T, Elem>& tile)
   }
 }
 
-template <class T, class Elem, int MR = kRowsFor<4>>
+template <bool kept, class T, class Elem, int MR = kRowsFor<4>>
 FUSED_LSTM_INLINE void dense_tile_of(int rows, const DenseTile<T, Elem>& tile) {
-  if (rows == MR)
-    return tile.part[0].stride ? dense_tile<MR, false>(tile) : dense_tile<MR, true>(tile);
-  if constexpr (MR > 1) return dense_tile_of<T, Elem, MR - 1>(rows, tile);
+  if (rows == MR) return dense_tile<MR, kept>(tile);
+  if constexpr (MR > 1) return dense_tile_of<kept, T, Elem, MR - 1>(rows, tile);
 }
 
-// Any number of rows.
-template <class T, class Elem>
+// Any number of rows; kept: the weights are as pack_rows leaves them.
+template <bool kept, class T, class Elem>
 FUSED_LSTM_INLINE void dense_product(int rows, const DenseTile<T, Elem>& tile) {
-  if (rows <= kRowsFor<4>) return dense_tile_of<T, Elem>(rows, tile);
+  if (rows <= kRowsFor<4>) return dense_tile_of<kept, T, Elem>(rows, tile);
   DenseTile<T, Elem> some = tile;
   for (int left = rows, m; left > 0; left -= m) {
     m = even_rows(left, kRowsFor<4>);
-    dense_tile_of<T, Elem>(m, some);
+    dense_tile_of<kept, T, Elem>(m, some);
     for (DensePart<T, Elem>& part : some.part) part.operand += m * part.operand_stride;
     some.init += m * some.init_stride;
     some.out += m * kTileWidth<Acc<T>>;

@@ -294,7 +294,8 @@ struct ForwardPass {
     if (dense) {
       const auto part = dense_part(d, block, tile.operand, tile.stride, hidden);
       const int lanes = lanes_at<A>(block * V, seq.H);
-      dense_product<T, Elem>(rows, {lanes, tile.init, tile.init_stride, tile.out, 1, {part}});
+      dense_product<false, T, Elem>(rows,
+                                    {lanes, tile.init, tile.init_stride, tile.out, 1, {part}});
       return;
     }
     const int64_t padded = hidden ? h_padded : x_padded;
@@ -326,8 +327,8 @@ struct ForwardPass {
       if (at_once) {
         const auto x = dense_part(step.d, block, own.x + row * x_stride, x_stride, false);
         const auto hidden = dense_part(step.d, block, h + r * h_stride, h_stride, true);
-        dense_product<T, Elem>(int(m),
-                               {lanes, dir.bias + block * kWidth, 0, own.sums, 2, {x, hidden}});
+        dense_product<false, T, Elem>(
+            int(m), {lanes, dir.bias + block * kWidth, 0, own.sums, 2, {x, hidden}});
       } else {
         product(step.d, block, true,
                 {m, h + r * h_stride, h_stride, inputs + row * kWidth, kWidth, own.sums},

@@ -16,31 +16,51 @@ namespace fused_lstm::cpu::FUSED_LSTM_ISA {
 // The larger of what `threads` and what one thread need: see run_team's refusal.
 template <class Pass, class Args>
 static int64_t workspace_bytes(const Args* args, int directions, int threads) {
-  const int64_t many = Pass(args, directions, threads).lay_out(nullptr);
-  const int64_t one = Pass(args, directions, 1).lay_out(nullptr);
-  return many > one ? many : one;
+  int64_t most = 0;
+  const int counts[] = {threads, 1};
+  for (const int n : counts) {
+    const int64_t bytes = Pass(args, directions, n).lay_out(nullptr);
+    if (bytes > most) most = bytes;
+  }
+  return most;
+}
+
+// A pass, whichever it is: what runs it is compiled once, not for each (35 of AVX2's 717 KB).
+struct AnyPass {
+  const void* pass;
+  void (*run)(const void* pass, int thread);
+  Barriers barriers;
+  int64_t products;
+  int team;
+};
+
+// Whether n threads, or all that the team is of, have run the pass; and how they have waited.
+static __attribute__((noinline)) bool run_pass(const AnyPass& any, int n, bool patient,
+                                               Waits& waits) {
+  Barriers barriers = any.barriers;
+  const int64_t now = nanoseconds();
+  barriers.clear(patient ? patience(any.products) : -1, now);
+  // All n threads, though the team may be smaller: OpenMP ends and remakes threads when their
+  // number changes.
+  Barrier end{};
+  end.released = now;
+  const bool has_run =
+      run_team(any.team == 1 ? 1 : n, end, [&](int thread) { any.run(any.pass, thread); });
+  waits = barriers.waits();
+  if (waits != kLost && end.stalled) waits = end.lost ? kLost : kStalled;
+  return has_run;
 }
 
 template <class Pass, class Args>
 static Waits run(const Args* args, int directions, Crew crew, void* workspace) {
   Waits waits = kShortWaits;
-  auto attempt = [&](int n) {
+  for (int n = crew.threads;; n = 1) {
     Pass pass(args, directions, n);
     pass.lay_out(workspace);
-    const int64_t now = nanoseconds();
-    pass.barriers.clear(crew.patient ? patience(pass.group_products()) : -1, now);
-    // All n threads, though the team may be smaller: OpenMP ends and remakes threads when their
-    // number changes.
-    const int team = pass.team_size() == 1 ? 1 : n;
-    Barrier end{};
-    end.released = now;
-    const bool has_run = run_team(team, end, [&](int thread) { pass.run(thread); });
-    waits = pass.barriers.waits();
-    if (waits != kLost && end.stalled) waits = end.lost ? kLost : kStalled;
-    return has_run;
-  };
-  if (!attempt(crew.threads)) attempt(1);
-  return waits;
+    const auto run = [](const void* of, int thread) { static_cast<const Pass*>(of)->run(thread); };
+    const AnyPass any{&pass, run, pass.barriers, pass.group_products(), pass.team_size()};
+    if (run_pass(any, n, crew.patient, waits) || n == 1) return waits;
+  }
 }
 
 template <class T, class Gemm>

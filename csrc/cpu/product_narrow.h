@@ -213,7 +213,7 @@ struct ProductBytes {
   }
 
   // row: `padded` numbers, zeros from the operand's end on.
-  static void quantise(const float* row, int64_t padded, char* to) {
+  static __attribute__((noinline)) void quantise(const float* row, int64_t padded, char* to) {
     Quantised header{1, {0, 0}};
     float inverse = 1;
     if (Dot::kMost > 0) {
@@ -286,7 +286,8 @@ struct ProductBytes {
 
   // Packs a panel of four vectors of columns as pack_dense_k does, and each column's scale.
   template <class Column>
-  static void pack(const float* weights, int64_t K, Column column, int8_t* panel, float* scales) {
+  static __attribute__((noinline)) void pack(const float* weights, int64_t K, Column column,
+                                             int8_t* panel, float* scales) {
     constexpr int width = NV * V;
     const int64_t steps = round_up(K, kPadK) / kStepK;
     for (int n = 0; n < width; ++n) {

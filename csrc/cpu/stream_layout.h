@@ -82,9 +82,10 @@ struct StreamLayout {
 
   // As FusedLSTM does it in float32 and float64, to have its bits. In 16 bits packed panels are as
   // fast or faster (8 rows, I 512, H 128 on AMX: 56 to 10 us) but for one row in bfloat16 pairs.
+  static constexpr bool kMayBeDense = kAsGiven && (sizeof(T) > 2 || sizeof(Elem) == 2);
   static bool is_dense(const StreamShape& shape, int64_t I) {
-    return kAsGiven && worth_dense<T, Elem>(shape.B, I + shape.P) &&
-           (sizeof(T) > 2 || (shape.B == 1 && sizeof(Elem) == 2));
+    return kMayBeDense && worth_dense<T, Elem>(shape.B, I + shape.P) &&
+           (sizeof(T) > 2 || shape.B == 1);
   }
 
   static Matrix matrix(int64_t K, bool dense) {
@@ -96,7 +97,7 @@ struct StreamLayout {
     if (kBytes) m.scales = arena.take<float>(blocks * kWidth);
   }
 
-  LayerWeights layer_at(int64_t l, Arena& arena) const {
+  __attribute__((noinline)) LayerWeights layer_at(int64_t l, Arena& arena) const {
     const int64_t I = l ? shape.P : shape.I;
     const bool dense = is_dense(shape, I);
     LayerWeights w{matrix(I, dense), matrix(shape.P, dense), matrix(shape.H, false), nullptr};
@@ -131,7 +132,7 @@ struct StreamLayout {
     return arena.used;
   }
 
-  Text text_at(Arena& arena) const {
+  __attribute__((noinline)) Text text_at(Arena& arena) const {
     const StreamText& given = *call.text;
     Text text{matrix(shape.P, false), nullptr, nullptr, nullptr};
     text.head.stride = kWidth * text.head.padded;
@@ -196,16 +197,15 @@ struct StreamLayout {
       memcpy(kept.embedding, given.embedding, size_t(vocabulary * shape.I) * sizeof(T));
   }
 
-  // A matrix of so many rows, one after the other.
+  // A matrix of so many rows, one after the other: as one gate's, in blocks of a panel's width.
   static void pack_matrix(const void* given, const Matrix& m, int64_t blocks, int64_t rows) {
     for (int64_t block = 0; block < blocks; ++block)
-      pack_block(given, m, block, [&](int n) {
-        return block * kWidth + n < rows ? block * kWidth + n : int64_t(-1);
-      });
+      pack_block(given, m, block, gate_column<kWidth>(block * kWidth, rows));
   }
 
   template <class Column>
-  static void pack_block(const void* given, const Matrix& m, int64_t block, const Column& column) {
+  static __attribute__((noinline)) void pack_block(const void* given, const Matrix& m,
+                                                   int64_t block, const Column& column) {
     const Source* weights = static_cast<const Source*>(given);
     Panel* panel = m.panels + block * m.stride;
     if constexpr (kBytes) {

@@ -11,13 +11,21 @@
 
 namespace fused_lstm::cpu::FUSED_LSTM_ISA {
 
+// The cells of a tile, h in the place of its sums' first vectors: compiled once for all passes.
+template <class A>
+static __attribute__((noinline)) void update_in_place(int rows, A* sums, A* c, int64_t c_stride) {
+  update_cells(
+      rows, sums, c, c_stride, [](int, const Vec<A>*, Vec<A>) {},
+      [&](int r, Vec<A> h) { store(sums + r * kTileWidth<A>, h); });
+}
+
 template <class T, class Gemm>
 struct StreamPass : StreamLayout<T, Gemm> {
   using Layout = StreamLayout<T, Gemm>;
   using Layout::blocks;
   using Layout::call;
-  using Layout::kAsGiven;
   using Layout::kBytes;
+  using Layout::kMayBeDense;
   using Layout::kWidth;
   using Layout::shape;
   using Layout::V;
@@ -147,7 +155,8 @@ struct StreamPass : StreamLayout<T, Gemm> {
 
   bool scores_after(int64_t t) const { return call.text && t + 1 >= call.text->given; }
 
-  Layer layer_at_step(int64_t l, int64_t t, const Operand& x, const Private& own) const {
+  __attribute__((noinline)) Layer layer_at_step(int64_t l, int64_t t, const Operand& x,
+                                                const Private& own) const {
     Layer layer{this->layer(l), this->state(l, t), x, {}, nullptr, nullptr, nullptr, own.sums};
     layer.h = quantised({layer.at.h[0], this->h_stride, own.h_bytes}, shape.P);
     if (l == 0 && call.text && call.text->table) {
@@ -193,12 +202,13 @@ struct StreamPass : StreamLayout<T, Gemm> {
       init = sums;
       init_stride = kWidth;
     }
-    if constexpr (kAsGiven)
+    if constexpr (kMayBeDense)
       if (w.hh.dense) {
         const DensePart<T, Elem> h = dense_part(w.hh, block, layer.h, b);
-        if (layer.ids) return dense_product<T, Elem>(rows, {V, init, init_stride, sums, 1, {h}});
+        if (layer.ids)
+          return dense_product<true, T, Elem>(rows, {V, init, init_stride, sums, 1, {h}});
         const DensePart<T, Elem> x = dense_part(w.ih, block, layer.x, b);
-        return dense_product<T, Elem>(rows, {V, init, init_stride, sums, 2, {x, h}});
+        return dense_product<true, T, Elem>(rows, {V, init, init_stride, sums, 2, {x, h}});
       }
     if (!layer.ids) product(w.ih, block, layer.x, b, rows, init, 0, sums);
     product(w.hh, block, layer.h, b, rows, sums, kWidth, sums);
@@ -229,22 +239,20 @@ struct StreamPass : StreamLayout<T, Gemm> {
     }
   }
 
-  void hidden_block(const Layer& layer, int64_t block) const {
+  __attribute__((noinline)) void hidden_block(const Layer& layer, int64_t block) const {
     const int64_t u = block * V;
     const int lanes = lanes_at<A>(u, shape.H);
     for (int64_t b = 0, m; b < shape.B; b += m) {
       m = Gemm::next_rows(shape.B - b, kMaxVectors);
       gates(layer, block, b, int(m));
-      const auto save = [](int, const Vec<A>*, Vec<A>) {};
-      const auto emit_row = [&](int r, Vec<A> hidden) __attribute__((always_inline)) {
-        if (shape.projected) {
+      update_in_place(int(m), layer.sums, layer.at.c + b * this->c_stride + u, this->c_stride);
+      for (int r = 0; r < m; ++r) {
+        const Vec<A> hidden = load(layer.sums + r * kWidth);
+        if (shape.projected)
           store_operand<T, false>(unprojected + (b + r) * this->m_stride + u, hidden, lanes);
-        } else {
+        else
           emit(layer, b + r, u, lanes, hidden);
-        }
-      };
-      update_cells(int(m), layer.sums, layer.at.c + b * this->c_stride + u, this->c_stride, save,
-                   emit_row);
+      }
     }
   }
 
