@@ -140,12 +140,18 @@ PYBIND11_MODULE(_C, m) {
       "set_patient", [](bool patient) { cpu::impatient = !patient; }, py::arg("patient"),
       "False, for tests: of threads that meet at every step, the last to come to their first "
       "meeting goes on alone.");
+  m.def(
+      "set_any_pace", [](bool any) { cpu::any_pace = any; }, py::arg("any"),
+      "True, for tests: brief calls take several threads whether or not others came before them.");
   define_stream(m);
   define_sampler(m);
   py::class_<cpu::Contention>(m, "Contention", "How calls avoid processors in demand.")
       .def(py::init<int64_t>(), py::arg("first"))
       .def("paused", &cpu::Contention::paused, py::arg("now"))
       .def("report", &cpu::Contention::report, py::arg("stalled"), py::arg("now"));
+  py::class_<cpu::Pace>(m, "Pace", "Whether brief calls follow one upon the other.")
+      .def(py::init<>())
+      .def("quick", &cpu::Pace::quick, py::arg("now"));
 #ifdef FUSED_LSTM_HAVE_CUDA
   m.def(
       "cuda_plan", &cuda_plan, py::arg("pass_"), py::arg("operands"), py::arg("T"), py::arg("B"),

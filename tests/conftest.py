@@ -80,6 +80,14 @@ def pytest_runtest_logfinish(nodeid: str) -> None:
             pytest.exit(f"the GPU no longer serves this process: {error}", GPU_LOST)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def any_pace() -> None:
+    """Small calls take several threads at once; test_threads.py says when they do elsewhere."""
+    from fused_lstm import _C
+
+    _C.set_any_pace(True)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """The seed of every test's random numbers; FUSED_LSTM_TEST_SEED sets another."""

@@ -75,7 +75,8 @@ def test_no_control_groups(tmp_path: Path) -> None:
 
 WORK = """
 import os, sys, torch
-from fused_lstm import FusedLSTM
+from fused_lstm import FusedLSTM, _C
+_C.set_any_pace({any_pace})
 torch.set_num_threads({threads})
 torch.manual_seed(0)
 lstm = FusedLSTM(63, 65, 2)
@@ -109,6 +110,32 @@ def test_calls_take_one_thread_after_a_stall() -> None:
     now += 100_000 * ms  # after a long time without, a stall is an accident again
     contention.report(True, now)
     assert not contention.paused(now + 20 * ms)
+
+
+def test_brief_calls_take_several_threads_in_a_row() -> None:
+    """Not after a rest of 3 ms: to wake another thread takes as long as the call."""
+    ms = 1_000_000
+    pace = _C.Pace()
+    now = 0
+    for _ in range(3):
+        for before in range(20):
+            now += 2 * ms
+            assert pace.quick(now) == (before >= 16)
+        now += 2 * ms
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor")
+def test_a_brief_call_by_itself_wakes_nobody() -> None:
+    code = WORK.format(threads=2, any_pace=False) + (
+        "with torch.no_grad():\n"
+        "    alone = len(os.listdir('/proc/self/task'))\n"
+        "    for calls in (1, 100):\n"
+        "        for _ in range(calls): lstm(x)\n"
+        "        print(len(os.listdir('/proc/self/task')) - alone, end=' ')"
+    )
+    found = run_python("-c", code)
+    assert found.stdout == "0 1 ", found.stderr
 
 
 @pytest.fixture
@@ -149,7 +176,7 @@ def test_one_thread_that_takes_over_gives_the_same_bits(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 def test_no_more_threads_than_processors() -> None:
-    code = WORK.format(threads=16) + (
+    code = WORK.format(threads=16, any_pace=True) + (
         "with torch.no_grad():\n"
         "    before = len(os.listdir('/proc/self/task')); lstm(x)\n"
         "    print(len(os.listdir('/proc/self/task')) - before)"
@@ -159,8 +186,8 @@ def test_no_more_threads_than_processors() -> None:
 
 
 def test_cap() -> None:
-    code = WORK.format(threads=16) + "print(_C.processors()['cap'], same(results(), results()))"
-    found = run_python("-c", "from fused_lstm import _C\n" + code, FUSED_LSTM_THREADS="1")
+    code = WORK.format(threads=16, any_pace=True) + "print(_C.processors()['cap'], same(results(), results()))"
+    found = run_python("-c", code, FUSED_LSTM_THREADS="1")
     assert found.stdout == "1 True\n", found.stderr
     table = run_python("-m", "fused_lstm", FUSED_LSTM_THREADS="1").stdout
     assert "FUSED_LSTM_THREADS 1" in table and "\nthreads      1 of " in table
@@ -170,9 +197,8 @@ def test_cap() -> None:
 def test_a_forked_child_computes_the_same_bits() -> None:
     """OpenMP's threads are not in it: a parallel region would wait for them for ever."""
     code = (
-        WORK.format(threads=2)
+        WORK.format(threads=2, any_pace=True)
         + """
-from fused_lstm import _C
 expected = results()
 child = os.fork()
 if child == 0:

@@ -123,7 +123,7 @@ int thread_limit(int wanted, const Processors& found) {
   return std::max(limit, 1);
 }
 
-std::atomic<bool> impatient{false};
+std::atomic<bool> impatient{false}, any_pace{false};
 
 void Contention::report(bool stalled, int64_t now) {
   if (!stalled) return;

@@ -46,7 +46,29 @@ class Contention {
   std::atomic<int64_t> until_{0}, pause_{0};
 };
 
-// Not Crew::patient in all calls to come.
-extern std::atomic<bool> impatient;
+// Whether brief calls follow one upon the other. To wake another thread takes as long as a brief
+// call, and where it wakes on a processor that is in use, a time slice: those that come after a
+// rest take one thread, and several once enough of them have come in a row. OpenMP's threads then
+// wait awake for the next. Results do not depend on it. Any thread may call.
+class Pace {
+ public:
+  static constexpr int kCalls = 16;              // in a row
+  static constexpr int64_t kRestNs = 3'000'000;  // OpenMP's threads are awake for 10 ms
+
+  // A call begins at `now`, in nanoseconds.
+  bool quick(int64_t now) {
+    const bool follows = now - last_.exchange(now, std::memory_order_relaxed) < kRestNs;
+    const int before = follows ? before_.load(std::memory_order_relaxed) : 0;
+    if (before < kCalls) before_.store(before + 1, std::memory_order_relaxed);
+    return before == kCalls;
+  }
+
+ private:
+  std::atomic<int64_t> last_{INT64_MIN / 2};
+  std::atomic<int> before_{0};
+};
+
+// For tests. Not Crew::patient in all calls to come; brief calls take several threads at any pace.
+extern std::atomic<bool> impatient, any_pace;
 
 }  // namespace fused_lstm::cpu

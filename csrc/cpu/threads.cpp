@@ -32,8 +32,15 @@ int64_t nanoseconds() {
 
 Threads::Threads(int64_t products, int wanted)
     : short_(products < 64'000'000), crew_{1, !impatient.load(std::memory_order_relaxed)} {
-  if (wanted > 1 && !(crew_.patient && contention().paused(nanoseconds())))
-    crew_.threads = thread_limit(wanted, processors());
+  if (wanted > 1 && !declined(products)) crew_.threads = thread_limit(wanted, processors());
+}
+
+bool Threads::declined(int64_t products) const {
+  static Pace pace;
+  const int64_t now = nanoseconds();
+  const bool too_brief =
+      products < 5'000'000 && !pace.quick(now) && !any_pace.load(std::memory_order_relaxed);
+  return too_brief || (crew_.patient && contention().paused(now));
 }
 
 Contention& Threads::contention() const {
