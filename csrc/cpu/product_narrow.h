@@ -69,7 +69,8 @@ struct MultiplyBytes {
   struct Pair {
     __m512i high, low;
   };
-  using Sum = Pair;
+  using Sum = Integers;  // two for a column, of the high bytes and of the low ones
+  static constexpr int kSums = 2;
   using Row = Pair;
   using Column = __m512i;
 
@@ -97,15 +98,17 @@ struct MultiplyBytes {
     memcpy(&low, p + 4, 4);
     return {_mm512_set1_epi32(high), _mm512_set1_epi32(low)};
   }
-  FUSED_LSTM_INLINE Sum start(const Quantised& row) {
-    return {_mm512_set1_epi32(row.start[0]), _mm512_set1_epi32(row.start[1])};
+  FUSED_LSTM_INLINE void start(Sum* sum, const Quantised& row) {
+    sum[0] = Integers{} + row.start[0];
+    sum[1] = Integers{} + row.start[1];
   }
-  FUSED_LSTM_INLINE Sum add(Sum sum, Row a, Column b) {
-    return {_mm512_dpbusd_epi32(sum.high, b, a.high), _mm512_dpbusd_epi32(sum.low, b, a.low)};
+  FUSED_LSTM_INLINE void add(Sum* sum, Row a, Column b) {
+    sum[0] = (Integers)_mm512_dpbusd_epi32((__m512i)sum[0], b, a.high);
+    sum[1] = (Integers)_mm512_dpbusd_epi32((__m512i)sum[1], b, a.low);
   }
-  FUSED_LSTM_INLINE Vec<float> value(Sum sum) {
-    return (Vec<float>)_mm512_cvtepi32_ps(sum.high) * 256.0f +
-           (Vec<float>)_mm512_cvtepi32_ps(sum.low);
+  FUSED_LSTM_INLINE Vec<float> value(const Sum* sum) {
+    return __builtin_convertvector(sum[0], Vec<float>) * 256.0f +
+           __builtin_convertvector(sum[1], Vec<float>);
   }
 };
 
@@ -130,16 +133,16 @@ struct MultiplyBytes {
   FUSED_LSTM_INLINE Sum column(const int8_t* p) {
     return _mm512_cvtepi8_epi16(load_raw<__m256i>(p));
   }
-  FUSED_LSTM_INLINE Sum add(Sum sum, Sum a, Sum b) {
-    return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+  FUSED_LSTM_INLINE void add(Sum* sum, Sum a, Sum b) {
+    *sum = _mm512_add_epi32(*sum, _mm512_madd_epi16(a, b));
   }
 #else
   using Sum = __m256i;
   FUSED_LSTM_INLINE Sum column(const int8_t* p) {
     return _mm256_cvtepi8_epi16(load_raw<__m128i>(p));
   }
-  FUSED_LSTM_INLINE Sum add(Sum sum, Sum a, Sum b) {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+  FUSED_LSTM_INLINE void add(Sum* sum, Sum a, Sum b) {
+    *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(a, b));
   }
 #endif
   using Row = Sum;
@@ -149,9 +152,10 @@ struct MultiplyBytes {
     memcpy(&pair, p, 4);
     return (Row)(Integers{} + pair);
   }
-  FUSED_LSTM_INLINE Sum start(const Quantised&) { return Sum{}; }
-  FUSED_LSTM_INLINE Vec<float> value(Sum sum) {
-    return __builtin_convertvector((Integers)sum, Vec<float>);
+  static constexpr int kSums = 1;
+  FUSED_LSTM_INLINE void start(Sum* sum, const Quantised&) { *sum = Sum{}; }
+  FUSED_LSTM_INLINE Vec<float> value(const Sum* sum) {
+    return __builtin_convertvector((Integers)*sum, Vec<float>);
   }
 };
 
@@ -178,9 +182,10 @@ struct MultiplyBytes {
     memcpy(&x, p, 4);
     return splat(x);
   }
-  FUSED_LSTM_INLINE Sum start(const Quantised&) { return Sum{}; }
-  FUSED_LSTM_INLINE Sum add(Sum sum, Row a, Column b) { return multiply_add(a, b, sum); }
-  FUSED_LSTM_INLINE Vec<float> value(Sum sum) { return sum; }
+  static constexpr int kSums = 1;
+  FUSED_LSTM_INLINE void start(Sum* sum, const Quantised&) { *sum = Sum{}; }
+  FUSED_LSTM_INLINE void add(Sum* sum, Row a, Column b) { *sum = multiply_add(a, b, *sum); }
+  FUSED_LSTM_INLINE Vec<float> value(const Sum* sum) { return *sum; }
 };
 
 #endif
@@ -249,11 +254,13 @@ struct ProductBytes {
       return reinterpret_cast<const Quantised*>(tile.operand + r * tile.stride);
     };
     do {
-      typename Dot::Sum sum[MR][NV];
+      // GCC 12 keeps the sums in memory, at half the speed, where they are structs of two, of another
+      // type than the instruction's, or a loop over them is not unrolled.
+      typename Dot::Sum sum[MR][NV][Dot::kSums];
 #pragma GCC unroll 8
       for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) sum[r][v] = Dot::start(*header(r));
+        for (int v = 0; v < NV; ++v) Dot::start(sum[r][v], *header(r));
       for (int64_t k = left < Dot::kSteps ? left : Dot::kSteps; k > 0; --k) {
         typename Dot::Column b[NV];
 #pragma GCC unroll 4
@@ -262,13 +269,15 @@ struct ProductBytes {
         for (int r = 0; r < MR; ++r) {
           const typename Dot::Row a = Dot::row(operand + r * tile.stride);
 #pragma GCC unroll 4
-          for (int v = 0; v < NV; ++v) sum[r][v] = Dot::add(sum[r][v], a, b[v]);
+          for (int v = 0; v < NV; ++v) Dot::add(sum[r][v], a, b[v]);
         }
         operand += kStepBytes;
         panel += NV * V * kStepK;
       }
       left -= Dot::kSteps;
+#pragma GCC unroll 8
       for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
         for (int v = 0; v < NV; ++v)
           store(tile.out + r * kTileWidth<A> + v * V,
                 load(before + r * before_stride + v * V) +

@@ -28,7 +28,7 @@ class Stream {
   // T steps, by up to `threads` threads.
   void run(int64_t T, const Rows& x, const Rows& y, int threads);
   // Whether several threads are worth having.
-  bool is_shared() const { return products_ >= kSharedProducts; }
+  bool is_shared() const { return products_ >= kSharedProducts || weight_bytes() >= kSharedBytes; }
   // Whether so many steps take long enough for others to run meanwhile.
   bool takes_long(int64_t T) const { return T * products_ > kLongProducts; }
 
@@ -44,8 +44,10 @@ class Stream {
   int64_t state_bytes() const { return state_.bytes(); }
 
  protected:
-  // Multiply-adds of a call below which one thread is as fast, or nearly, and waits for nobody.
-  static constexpr int64_t kSharedProducts = 1'000'000;
+  // Multiply-adds and bytes of weights of a step below which one thread is as fast, or nearly, and
+  // waits for nobody: some 9 us. What two threads read may be in their second-level caches where
+  // one's is too small: H 256 in float32 40 to 11 us.
+  static constexpr int64_t kSharedProducts = 1'000'000, kSharedBytes = 1 << 20;
   // The same, below which it isn't worth letting go of Python's lock: some 20 us.
   static constexpr int64_t kLongProducts = 500'000;
 
