@@ -145,6 +145,7 @@ PYBIND11_MODULE(_C, m) {
       "True, for tests: brief calls take several threads whether or not others came before them.");
   define_stream(m);
   define_sampler(m);
+  define_mask(m);
   py::class_<cpu::Contention>(m, "Contention", "How calls avoid processors in demand.")
       .def(py::init<int64_t>(), py::arg("first"))
       .def("paused", &cpu::Contention::paused, py::arg("now"))

@@ -5,3 +5,4 @@
 
 void define_stream(pybind11::module_& m);
 void define_sampler(pybind11::module_& m);
+void define_mask(pybind11::module_& m);

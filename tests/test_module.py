@@ -16,6 +16,7 @@ from fused_lstm import FusedLSTM
 
 def test_public_names() -> None:
     assert set(fused_lstm.__all__) == {
+        "Dropout",
         "FusedLSTM",
         "backend",
         "backends",

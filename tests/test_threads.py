@@ -186,7 +186,10 @@ def test_no_more_threads_than_processors() -> None:
 
 
 def test_cap() -> None:
-    code = WORK.format(threads=16, any_pace=True) + "print(_C.processors()['cap'], same(results(), results()))"
+    code = (
+        WORK.format(threads=16, any_pace=True)
+        + "print(_C.processors()['cap'], same(results(), results()))"
+    )
     found = run_python("-c", code, FUSED_LSTM_THREADS="1")
     assert found.stdout == "1 True\n", found.stderr
     table = run_python("-m", "fused_lstm", FUSED_LSTM_THREADS="1").stdout

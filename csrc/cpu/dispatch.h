@@ -97,6 +97,8 @@ struct Kernel {
   int64_t (*gradients_workspace)(const Gradients* args, int directions, int threads);
   Waits (*gradients)(const Gradients* args, int directions, Crew crew, void* workspace);
   StreamKernel stream[kStreamWidths];
+  // Of a dropout mask: mask.h.
+  void (*fill_mask)(void* mask, int64_t begin, int64_t count, double keep, uint64_t seed);
 };
 
 int isa_count();                  // sets built, slowest first

@@ -9,6 +9,7 @@
 #include "dispatch.h"
 #include "forward.h"
 #include "gradients.h"
+#include "mask.h"
 #include "stream_pass.h"
 
 namespace fused_lstm::cpu::FUSED_LSTM_ISA {
@@ -114,7 +115,8 @@ constexpr Kernel kernel_of() {
           run<BackwardPass<T>, Backward>,
           workspace_bytes<GradientsPass<T>, Gradients>,
           run<GradientsPass<T>, Gradients>,
-          {stream_kernel<T, typename KeptOf<T>::type>(), narrower, bytes}};
+          {stream_kernel<T, typename KeptOf<T>::type>(), narrower, bytes},
+          fill_mask<T>};
 }
 
 extern const Kernel kernels[kDtypes];
