@@ -39,7 +39,7 @@ bool Threads::declined(int64_t products) const {
   static Pace pace;
   const int64_t now = nanoseconds();
   const bool too_brief =
-      products < 5'000'000 && !pace.quick(now) && !any_pace.load(std::memory_order_relaxed);
+      products < 16'000'000 && !pace.quick(now) && !any_pace.load(std::memory_order_relaxed);
   return too_brief || (crew_.patient && contention().paused(now));
 }
 

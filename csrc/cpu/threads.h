@@ -15,7 +15,7 @@ int64_t nanoseconds();
 
 // How many threads a call takes, and what they tell the next of its kind. Short calls are one to
 // two milliseconds on one thread, and one stall is more than they save. In long ones waits must
-// cost as much as several threads save: see Barrier. Brief ones are less than 0.5 ms: see Pace.
+// cost as much as several threads save: see Barrier. Brief ones are less than 1 ms: see Pace.
 class Threads {
  public:
   // products: multiply-adds of the call. wanted: threads, where this process may use as many.
