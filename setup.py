@@ -5,7 +5,7 @@ Two shared objects are built into the package's folder:
 - `libfused_lstm.so`: the operators and their kernels. It knows torch and nothing of Python. Where
   torch has CUDA and there is an nvcc, csrc/cuda is in it (python/cuda_toolkit.py).
 - `_C.<abi>.so` (pybind11): csrc/module.cpp, what was built and what this processor offers, and
-  csrc/module_stream.cpp, streams.
+  csrc/module_*.cpp, streams, text drawn from them, and dropout's masks.
 
 Read from the environment: CXX, CPPFLAGS, CFLAGS, CXXFLAGS, LDFLAGS, MAX_JOBS;
 FUSED_LSTM_CUDA=0|1 (unset: where it can be built), CUDA_HOME, CUDA_PATH, TORCH_CUDA_ARCH_LIST;

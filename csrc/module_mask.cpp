@@ -19,7 +19,7 @@ void fill_mask(py::handle object, double keep, uint64_t seed) {
   const cpu::Kernel& kernel = cpu::active_kernel(*dtype);
   void* const data = mask.mutable_data_ptr();
   const int64_t count = mask.numel();
-  constexpr int64_t kBlock = 64, kBlocks = 512;  // blocks a thread, 10 us, at the least
+  constexpr int64_t kBlock = cpu::kMaskBlock, kBlocks = 512;  // a thread's, 10 us, at the least
   const py::gil_scoped_release others_may_run;
   at::parallel_for(0, (count + kBlock - 1) / kBlock, kBlocks, [&](int64_t begin, int64_t end) {
     kernel.fill_mask(data, begin * kBlock, std::min(end * kBlock, count) - begin * kBlock, keep,

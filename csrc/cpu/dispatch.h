@@ -87,6 +87,8 @@ struct StreamKernel {
 
 enum StreamWidth { kOwnWidth, kBFloat16Weights, kInt8Weights, kStreamWidths };
 
+constexpr int64_t kMaskBlock = 64;  // elements that a mask is drawn by
+
 // One instruction set's entry points for one compute dtype. `directions` structs (1 or 2) of the
 // same shape. The workspace needs 64-byte alignment; its size is for exactly these arguments.
 struct Kernel {
@@ -97,7 +99,7 @@ struct Kernel {
   int64_t (*gradients_workspace)(const Gradients* args, int directions, int threads);
   Waits (*gradients)(const Gradients* args, int directions, Crew crew, void* workspace);
   StreamKernel stream[kStreamWidths];
-  // Of a dropout mask: mask.h.
+  // Of a dropout mask, mask.h: `begin` is a multiple of kMaskBlock.
   void (*fill_mask)(void* mask, int64_t begin, int64_t count, double keep, uint64_t seed);
 };
 

@@ -6,11 +6,10 @@
 // bernoulli_ draws one element after the other.
 #pragma once
 
+#include "dispatch.h"
 #include "vec.h"
 
 namespace fused_lstm::cpu::FUSED_LSTM_ISA {
-
-constexpr int kMaskBlock = 64;
 
 struct Philox {
   typedef uint64_t Wide __attribute__((vector_size(kVectorBytes)));  // 32 bits used of each lane
@@ -57,7 +56,7 @@ struct Philox {
   }
 };
 
-// Elements [begin, begin + count) of a mask; begin is a multiple of kMaskBlock.
+// Elements [begin, begin + count) of a mask.
 template <class T>
 static void fill_mask(void* mask, int64_t begin, int64_t count, double keep, uint64_t seed) {
   using Words = Philox::Words;

@@ -33,7 +33,7 @@ CELLS: dict[str, Callable[..., nn.RNNBase]] = {
 def _dropout(cell: str, p: float) -> nn.Dropout:
     if cell != "fused":
         return nn.Dropout(p)
-    from fused_lstm import Dropout  # draws its mask in a tenth of the time
+    from fused_lstm import Dropout  # draws its mask in a twentieth of the time
 
     return Dropout(p)
 
