@@ -12,6 +12,7 @@ import torch
 from charlm.batches import rows_for_evaluation
 from charlm.commands import FOLDER
 from charlm.corpus import Ids, read_corpus, split
+from charlm.dynamic import Following, evaluate_following
 from charlm.errors import CharlmError
 from charlm.evaluation import bits_per_character, evaluate, perplexity
 from charlm.results import table
@@ -43,6 +44,22 @@ SPLITS = ("train", "validation", "test")
 @click.option(
     "--weights", type=click.Choice(list(WEIGHTS)), help="Kept narrower, as charlm sample may."
 )
+@click.option(
+    "--dynamic",
+    is_flag=True,
+    help="Its loss, too, with weights that follow the text (dynamic evaluation, Krause et al.).",
+)
+@click.option(
+    "--rate",
+    type=click.FloatRange(0),
+    default=Following.rate,
+    show_default=True,
+    help="How fast they follow.",
+)
+@click.option(
+    "--decay", type=click.FloatRange(0, 1), default=Following.decay, show_default=True,
+    help="How strongly they are drawn back.",
+)  # fmt: skip
 def eval_command(
     run: Path,
     part: str | None,
@@ -51,8 +68,13 @@ def eval_command(
     device: str,
     threads: int | None,
     weights: str | None,
+    dynamic: bool,
+    rate: float,
+    decay: float,
 ) -> None:
     """Print the loss of RUN on a part of its text: mean cross-entropy, dropout off."""
+    if dynamic and weights:
+        raise CharlmError("--dynamic changes the weights, --weights keeps a copy: choose one")
     if threads is not None:
         torch.set_num_threads(threads)
     folder = RunFolder(run)
@@ -86,6 +108,16 @@ def eval_command(
         "bits per character": f"{bits_per_character(loss):.4f}",
         "characters a second": f"{batches.characters / seconds:,.0f}",
     }
+    if dynamic:
+        # What is evaluated may be another text: how far weights move is learned from the run's own.
+        own = read_part(config, facts, vocabulary, () if part == "all" else text, "train")
+        training = rows_for_evaluation(own, config.window, config.batch_size)
+        following = Following(rate, decay)
+        one = rows_for_evaluation(ids, min(following.window, config.window), 1)
+        assert training is not None and one is not None  # as long as `batches` at least
+        loss = evaluate_following(model, training, one, following)
+        rows["dynamic loss"] = f"{loss:.4f}"
+        rows["dynamic bits per character"] = f"{bits_per_character(loss):.4f}"
     click.echo(table(list(rows.items())))
 
 
