@@ -119,6 +119,19 @@ def test_cells_start_equal_and_stay_close(text: Path) -> None:
     assert losses["fused"] == pytest.approx(losses["lstm"], abs=1e-4)
 
 
+@pytest.mark.parametrize("cell", ["fused", "lstm", "gru"])
+def test_bfloat16_learns_as_float32(text: Path, cell: str) -> None:
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        succeed("train", "--text", text, "--run", dtype, "--cell", cell, "--dtype", dtype,
+                "--steps", 60, "--dropout", 0, *SMALL)  # fmt: skip
+        losses[dtype] = records(dtype)[-1]["train_loss"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.01)
+    assert losses["bfloat16"] != losses["float32"]
+    model, _ = RunFolder(Path("bfloat16")).read_model()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
 def test_no_arguments_train_on_the_builtin_text_in_fresh_folders() -> None:
     for number in (1, 2):
         succeed("train", "--steps", 1, "--hidden", 4)

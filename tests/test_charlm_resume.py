@@ -97,6 +97,7 @@ CASES = {
     "stop": ["--epochs", 9, "--stop", "below", "--stop-below", 3.2, "--optimizer", "adam"],
     "gru": ["--steps", 40, "--cell", "gru", "--vocabulary", "bytes"],
     "one-bias": ["--steps", 40, "--cell", "rnn", "--biases", 1, "--initial", "xavier"],
+    "bfloat16": ["--steps", 40, "--dtype", "bfloat16", "--layers", 2],
     "lstm": ["--steps", 40, "--cell", "lstm", "--schedule", "cosine", "--warmup", 0.1],
 }  # fmt: skip
 

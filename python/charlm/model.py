@@ -154,5 +154,5 @@ class CharacterModel(nn.Module):
 
 
 def detach(states: States) -> States:
-    """The same states cut from the graph that made them: backpropagation stops here."""
-    return tuple(state.detach() for state in states)
+    """The same states in float32, cut from the graph that made them: backpropagation stops here."""
+    return tuple(state.detach().float() for state in states)

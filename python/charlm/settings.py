@@ -104,6 +104,12 @@ class Config:
         None, "optimisation", "Optimiser steps, in place of --epochs.", POSITIVE
     )
     lr: float = _setting(3e-3, "optimisation", "Learning rate.", POSITIVE)
+    dtype: str = _setting(
+        "float32",
+        "optimisation",
+        "Of the products; weights, their update and the loss stay in float32.",
+        ("float32", "bfloat16"),
+    )
     optimizer: str = _setting("adamw", "optimisation", "The update.", tuple(OPTIMIZERS))
     schedule: str = _setting(
         "constant",

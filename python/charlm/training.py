@@ -203,8 +203,10 @@ class Trainer:
             group["lr"] = self.lr
         if self.states is None:
             self.states = self.model.zero_states(len(features))
-        logits, states = self.model(features, self.states)
-        loss = functional.cross_entropy(logits, labels.flatten())
+        narrow = config.dtype == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=narrow):
+            logits, states = self.model(features, self.states)
+        loss = functional.cross_entropy(logits.float(), labels.flatten())
         self.optimizer.zero_grad()
         loss.backward()
         if config.clip:
