@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "build_info.h"
+#include "cpu/crowd.h"
 #include "cpu/dispatch.h"
 #include "cpu/processors.h"
 #ifdef FUSED_LSTM_HAVE_CUDA
@@ -143,12 +144,16 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_any_pace", [](bool any) { cpu::any_pace = any; }, py::arg("any"),
       "True, for tests: brief calls take several threads whether or not others came before them.");
+  m.def("keep_crowd", &cpu::keep_crowd, py::arg("threads"),
+        "For tests: OpenMP's threads sleep soon where they wait, as beside busy processes.");
+  m.def("dismiss_crowd", &cpu::dismiss_crowd, "For tests: they spin again.");
   define_stream(m);
   define_sampler(m);
   define_mask(m);
   py::class_<cpu::Contention>(m, "Contention", "How calls avoid processors in demand.")
       .def(py::init<int64_t>(), py::arg("first"))
       .def("paused", &cpu::Contention::paused, py::arg("now"))
+      .def("lasts", &cpu::Contention::lasts, py::arg("now"))
       .def("report", &cpu::Contention::report, py::arg("stalled"), py::arg("now"));
   py::class_<cpu::Pace>(m, "Pace", "Whether brief calls follow one upon the other.")
       .def(py::init<>())

@@ -112,6 +112,54 @@ def test_calls_take_one_thread_after_a_stall() -> None:
     assert not contention.paused(now + 20 * ms)
 
 
+def test_contention_lasts_where_trying_again_stalls() -> None:
+    """Until it has gone well for as long as the last pause."""
+    contention = _C.Contention(20)
+    contention.report(True, 100)
+    assert contention.paused(119) and not contention.lasts(119)
+    contention.report(True, 120)
+    assert contention.lasts(120) and contention.lasts(199)
+    assert not contention.lasts(200)
+
+
+CROWD = """
+import os, time, torch
+from fused_lstm import _C
+torch.set_num_threads(2)
+x = torch.randn(2, 1 << 20)
+threads = lambda: len(os.listdir("/proc/self/task"))
+def waiting():  # seconds of processors' time in 40 rests of 5 ms after a parallel region
+    used = 0.0
+    for _ in range(40):
+        x.exp_()
+        before = time.process_time()
+        time.sleep(0.005)
+        used += time.process_time() - before
+    return used
+awake, alone = waiting(), threads()
+_C.keep_crowd(2); _C.keep_crowd(2)
+while threads() == alone: time.sleep(0.001)
+asleep = waiting()
+print(asleep < awake / 4, awake, asleep, threads() - alone)
+_C.dismiss_crowd()
+while threads() > alone: time.sleep(0.001)
+print(waiting() > awake / 4)
+_C.keep_crowd(2)  # the process ends with it
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or "clang" in str(_C.build_info()["compiler"]), reason="for libgomp"
+)
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor")
+def test_a_crowd_sends_waiting_threads_to_sleep() -> None:
+    """torch's own region leaves a thread that spins for 10 ms, unless there is a crowd."""
+    found = run_python("-c", CROWD)
+    assert found.returncode == 0, found.stderr
+    first, last = found.stdout.splitlines()
+    assert first.startswith("True ") and last == "True", found.stdout
+
+
 def test_brief_calls_take_several_threads_in_a_row() -> None:
     """Not after a rest of 3 ms: to wake another thread takes as long as the call."""
     ms = 1_000_000

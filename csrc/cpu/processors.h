@@ -37,6 +37,12 @@ class Contention {
   explicit Contention(int64_t first) : first_(first) {}
   // At time `now`, in nanoseconds.
   bool paused(int64_t now) const { return now < until_.load(std::memory_order_relaxed); }
+  // Whether it was no accident: trying again has ended in the same way, and has not gone well for as
+  // long as the last pause since.
+  bool lasts(int64_t now) const {
+    const int64_t pause = pause_.load(std::memory_order_relaxed);
+    return pause > first_ && now < until_.load(std::memory_order_relaxed) + pause;
+  }
   // How a call of several threads went.
   void report(bool stalled, int64_t now);
 

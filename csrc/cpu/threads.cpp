@@ -3,6 +3,7 @@
 #include <chrono>
 
 #include "block_cache.h"
+#include "crowd.h"
 
 namespace fused_lstm::cpu {
 
@@ -40,17 +41,22 @@ bool Threads::declined(int64_t products) const {
   const int64_t now = nanoseconds();
   const bool too_brief =
       products < 16'000'000 && !pace.quick(now) && !any_pace.load(std::memory_order_relaxed);
-  return too_brief || (crew_.patient && contention().paused(now));
+  return too_brief || (crew_.patient && contention_of(short_).paused(now));
 }
 
-Contention& Threads::contention() const {
+Contention& Threads::contention_of(bool short_ones) {
   static Contention of_short_calls(20'000'000), of_long_ones(200'000'000);
-  return short_ ? of_short_calls : of_long_ones;
+  return short_ones ? of_short_calls : of_long_ones;
 }
 
 void Threads::report(Waits waits) const {
-  if (crew_.threads > 1 && crew_.patient)
-    contention().report(waits == kLost || (short_ && waits == kStalled), nanoseconds());
+  if (crew_.threads == 1 || !crew_.patient) return;
+  const int64_t now = nanoseconds();
+  contention_of(short_).report(waits == kLost || (short_ && waits == kStalled), now);
+  if (contention_of(true).lasts(now) || contention_of(false).lasts(now))
+    keep_crowd(crew_.threads);
+  else
+    dismiss_crowd();
 }
 
 }  // namespace fused_lstm::cpu

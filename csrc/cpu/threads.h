@@ -31,7 +31,7 @@ class Threads {
  private:
   // Whether there is cause to take one thread only.
   bool declined(int64_t products) const;
-  Contention& contention() const;
+  static Contention& contention_of(bool short_ones);
   void report(Waits waits) const;
 
   bool short_;
