@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _C
-from .backends import KERNEL_DTYPES, choose
+from .backends import KERNEL_DTYPES, forced, refusal
 from .functional import transform
 
 
@@ -37,6 +37,6 @@ class Dropout(nn.Dropout):
 def _is_served(input: Tensor) -> bool:
     if not input.is_cpu or input.dtype not in KERNEL_DTYPES or torch.compiler.is_compiling():
         return False
-    return (
-        type(input) in (Tensor, nn.Parameter) and choose(input, input.dtype, transform()) == "cpu"
-    )
+    if type(input) not in (Tensor, nn.Parameter) or forced() not in (None, "cpu"):
+        return False
+    return refusal("cpu", input, input.dtype, transform()) is None

@@ -133,8 +133,9 @@ def test_elsewhere_it_is_nn_dropout() -> None:
     same(lambda module: torch.func.vmap(module, randomness="different"), x)
     same(lambda module: torch.compile(module, backend="aot_eager", fullgraph=True), x)
     same(lambda module: type(module)(0.5, inplace=True), x.clone())
-    with fused_lstm.backend("reference"):
-        same(lambda module: module, x)
+    for forced in ("reference", "cuda", "triton"):  # whether or not they could serve it
+        with fused_lstm.backend(forced):
+            same(lambda module: module, x)
 
 
 def test_refuses_what_is_no_mask() -> None:
