@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -85,5 +86,6 @@ def test_a_side_that_fails_says_why(streaming: ModuleType) -> None:
     from benchmarks.turns import sides_of
 
     with pytest.raises(RuntimeError, match="no_such_side: KeyError"):
-        with sides_of(streaming.CASES[0], ("no_such_side",), (1,)):
+        make = partial(streaming.steppers.stepper, case=streaming.CASES[0])
+        with sides_of(make, ("no_such_side",), (1,)):
             pass

@@ -27,9 +27,10 @@ VOCABULARY, CHARACTERS = 61, 64  # of the text, and that one of our calls draws
 
 
 class Stepper(NamedTuple):
-    call: Callable[[], Any]  # one step, which gives (B, H), or some characters
+    call: Callable[[], Any]  # one step, which gives (B, H), or a loss; or some characters
     steps: int = 1  # in a call
     bytes: tuple[int, int] = (0, 0)  # of weights and of states, where it is told
+    learns: bool = False  # needs gradients
 
 
 def model(case: Case) -> tuple[nn.LSTM, Tensor]:

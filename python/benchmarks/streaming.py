@@ -30,7 +30,8 @@ from benchmarks.report import option, significant
 from benchmarks.steppers import OURS, PEERS
 from benchmarks.suites import Case, Row
 from benchmarks.threads import busy
-from benchmarks.turns import Side, sides_of
+from benchmarks.timing import side_facts
+from benchmarks.turns import Side, in_turn, sides_of
 
 STEP, BURST, GROWTH, CHARACTER = "step", "burst", "growth", "character"
 SUITE, STEPS, REST_S = "streaming", 100_000, 0.03
@@ -68,8 +69,9 @@ def timed(
 ) -> tuple[Times, Times, list[Side]]:
     """Alone, beside the busy processes that the row wants, and the sides that were asked."""
     ours = tuple(OURS) if row.pass_ in (STEP, CHARACTER) and not row.busy else ("fp32",)
-    rest = REST_S if row.pass_ == BURST else 0.0
-    with sides_of(row.case, (*peers, *ours), threads, text=row.pass_ == CHARACTER) as sides:
+    rest, long = (REST_S, 5 * seconds) if row.pass_ == BURST else (0.0, seconds)
+    of = steppers.drawer if row.pass_ == CHARACTER else steppers.stepper
+    with sides_of(functools.partial(of, case=row.case), (*peers, *ours), threads) as sides:
         alone: Times = {(side.name, side.threads): [] for side in sides}
         beside: Times = {key: [] for key in alone}
         for at in range(rounds):
@@ -77,8 +79,7 @@ def timed(
                 if others is None:
                     continue
                 with busy(others) if others else nullcontext():
-                    for side in sides[:: 1 if at % 2 else -1]:
-                        found = side.ask("timed", seconds * (5 if rest else 1), rest)
+                    for side, found in in_turn(sides, at, "timed", long, rest):
                         times[side.name, side.threads].append(found)
     return alone, beside, sides
 
@@ -87,7 +88,8 @@ def measured(
     row: Row, peers: tuple[str, ...], threads: tuple[int, ...], rounds: int, seconds: float
 ) -> dict[str, Any]:
     if row.pass_ == GROWTH:
-        with sides_of(row.case, ("fp32",), threads[:1]) as (side,):
+        make = functools.partial(steppers.stepper, case=row.case)
+        with sides_of(make, ("fp32",), threads[:1]) as (side,):
             return {"steps": STEPS, "fused_grown_mib": significant(side.ask("grown", STEPS))}
     if row.pass_ == CHARACTER:
         peers = tuple(of for of in peers if of == "torch")
@@ -114,15 +116,7 @@ def summary(times: Times, ours: str) -> dict[str, Any]:
         tenths = quantiles(sum(times[key], []), n=10)
         told = {"ms": significant(median(of) * 1e3), "ms_90": significant(tenths[-1] * 1e3)}
         told["threads"] = key[1]
-        ratios = [a / b for a, b in zip(of, medians[best[ours]], strict=True)]
-        first, middle, third = map(significant, quantiles(ratios, n=4, method="inclusive"))
-        ratio = {"ratio": middle, "ratio_quartiles": [first, third]}
-        if side in (ours, "torch"):
-            name = "fused" if side == ours else "torch"
-            facts |= {f"{name}_{what}": fact for what, fact in told.items()}
-            facts |= ratio if side == "torch" else {}
-        else:
-            facts[side] = told | ratio
+        facts |= side_facts("fused" if side == ours else side, told, of, medians[best[ours]])
     return facts
 
 

@@ -63,10 +63,27 @@ def timed(
         f"{side}_ms": significant(median(of) / calls * 1e3) for side, of in seconds.items()
     }
     if len(sides) > 1:
-        ratios = [a / b for a, b in zip(seconds["torch"], seconds["fused"], strict=True)]
-        first, middle, third = map(significant, quantiles(ratios, n=4, method="inclusive"))
-        facts |= {"ratio": middle, "ratio_quartiles": [first, third]}
+        facts |= ratios(seconds["torch"], seconds["fused"])
     return facts | {"pairs": pairs, "calls": calls}
+
+
+def ratios(theirs: list[float], ours: list[float]) -> dict[str, Any]:
+    """What a report says of times that were taken in pairs."""
+    each = [a / b for a, b in zip(theirs, ours, strict=True)]
+    first, middle, third = map(significant, quantiles(each, n=4, method="inclusive"))
+    return {"ratio": middle, "ratio_quartiles": [first, third]}
+
+
+def side_facts(
+    side: str, told: dict[str, Any], theirs: list[float], ours: list[float]
+) -> dict[str, Any]:
+    """What is told of a side by the names that a report has for it, with its times over ours: of
+    "fused" and "torch" beside each other, of another peer as an object."""
+    if side == "fused":
+        return {f"fused_{what}": fact for what, fact in told.items()}
+    if side == "torch":
+        return {f"torch_{what}": fact for what, fact in told.items()} | ratios(theirs, ours)
+    return {side: told | ratios(theirs, ours)}
 
 
 def _warm_up(sides: dict[str, Call], clock: Clock) -> float:
