@@ -132,6 +132,25 @@ def test_bfloat16_learns_as_float32(text: Path, cell: str) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("batches", ["rows", "windows"])
+def test_parts_of_a_batch_one_after_the_other_make_the_same_steps(text: Path, batches: str) -> None:
+    for parts in (1, 4):
+        succeed("train", "--text", text, "--run", f"parts{parts}", "--accumulate", parts,
+                "--batches", batches, "--steps", 20, "--dropout", 0, *SMALL)  # fmt: skip
+    whole, cut = (records(f"parts{parts}")[-1] for parts in (1, 4))
+    assert cut["tokens_seen"] == whole["tokens_seen"]
+    assert cut["train_loss"] == pytest.approx(whole["train_loss"], abs=1e-5)
+    assert cut["val_loss"] == pytest.approx(whole["val_loss"], abs=1e-5)
+
+
+def test_compiled_it_makes_the_same_steps(text: Path) -> None:
+    for run, option in (("eager", "--no-compile"), ("compiled", "--compile")):
+        succeed("train", "--text", text, "--run", run, option, "--steps", 9, "--dropout", 0, *SMALL)
+    eager, compiled = (records(run)[-1]["train_loss"] for run in ("eager", "compiled"))
+    assert compiled == pytest.approx(eager, abs=1e-4)
+    RunFolder(Path("compiled")).read_model()  # its weights have their own names
+
+
 def test_no_arguments_train_on_the_builtin_text_in_fresh_folders() -> None:
     for number in (1, 2):
         succeed("train", "--steps", 1, "--hidden", 4)

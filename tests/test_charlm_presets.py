@@ -72,7 +72,7 @@ def test_presets_are_listed_a_line_each() -> None:
     assert [line.split()[0] for line in output.splitlines()] == preset_names()
     assert set(preset_names()) == {
         "default", "frankenstein", "gpt-simple", "rnn-basics", "shakespeare", "sonnets",
-        "sonnets-rnn", "tinyshakespeare",
+        "sonnets-rnn", "tinyshakespeare", "tinyshakespeare-large",
     }  # fmt: skip
     assert all(len(line) <= 120 for line in output.splitlines())
 
@@ -80,7 +80,7 @@ def test_presets_are_listed_a_line_each() -> None:
 @pytest.mark.parametrize(
     ("preset", "size", "parameters"),
     [("frankenstein", 60, 64_764), ("sonnets", 61, 1_208_893), ("sonnets-rnn", 61, 325_181),
-     ("tinyshakespeare", 65, 350_593)],
+     ("tinyshakespeare", 65, 350_593), ("tinyshakespeare-large", 65, 1_221_249)],
 )  # fmt: skip
 def test_parameters_are_the_documents(preset: str, size: int, parameters: int) -> None:
     config = read_preset(preset)[0]
@@ -276,12 +276,17 @@ def test_checkpoints_take_a_hundredth_of_the_time(
     saved = 0
     for step in range(1, 10_001):
         now += 0.01
-        if checkpoints.due(step):
+        trainer.step = step
+        if checkpoints.due(trainer):
             checkpoints.save(trainer, 0)
             saved += 1
     assert saved == 4  # after steps 1, 2,501, 5,001, 7,501: a second of a hundred
     every = Checkpoints(tmp_path, 7)
-    assert [step for step in range(1, 30) if every.due(step)] == [7, 14, 21, 28]
+    due = []
+    for trainer.step in range(1, 30):
+        if every.due(trainer):
+            due.append(trainer.step)
+    assert due == [7, 14, 21, 28]
 
 
 def test_a_preset_of_ones_own() -> None:

@@ -5,7 +5,7 @@ can continue at any place from two numbers and no generator has to be saved. Nei
 as long as the text: it may be a memory map that doesn't fit into memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -122,3 +122,28 @@ def rows_for_evaluation(ids: Ids, window: int, batch_size: int) -> Rows | None:
     """Rows over a held-out part, as many as it fills with a window each; None for too short."""
     rows = min(batch_size, (len(ids) - 1) // window)
     return Rows(ids, window, rows, partial=True) if rows > 0 else None
+
+
+class Share:
+    """The rows of each batch that `rows` says of so many; a batch without any is left out."""
+
+    def __init__(self, batches: Batches, rows: Callable[[int], slice]) -> None:
+        self._batches, self._rows = batches, rows
+        self.carried, self.samples = batches.carried, batches.samples
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def epoch(self, index: int, first: int = 0) -> Iterator[Batch]:
+        for features, labels in self._batches.epoch(index, first):
+            mine = self._rows(len(labels))
+            if mine.start < mine.stop:
+                yield features[mine], labels[mine]
+
+
+def cut(rows: slice, parts: int) -> list[slice]:
+    """Rows in so many parts of about the same size, none of them empty."""
+    count = rows.stop - rows.start
+    parts = min(parts, count)
+    ends = [rows.start + count * part // parts for part in range(parts + 1)]
+    return [slice(begin, end) for begin, end in zip(ends, ends[1:], strict=False)]

@@ -2,9 +2,11 @@
 
 checkpoint.safetensors holds as tensors the weights (model.*), the optimiser's state
 (optimizer.I.NAME for the I-th parameter), the carried state (state.I), the generators of dropout
-(generator.cpu, generator.cuda) and the sum of the losses since the last record; as JSON in its
-metadata the place in the data and the rest. One file, because two could not be moved to their
-places at once.
+(generator.cpu, generator.cuda) and the sum of the losses since the last record (losses); as JSON in
+its metadata the place in the data and the rest. One file, because two could not be moved to their
+places at once. Where several processes train, the first has written the states of all rows, and
+generator.cpu.R, generator.cuda.R and losses.R are the R-th other one's; any number of processes can
+go on from there, and as many do with the same bits.
 """
 
 import dataclasses
@@ -12,6 +14,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,18 +49,27 @@ class Values:
     metrics: int  # bytes of metrics.jsonl that belong to it; what comes after is written anew
 
 
+def _own(trainer: Trainer) -> dict[str, Tensor]:
+    """What each process has for itself."""
+    tensors = {"losses": trainer.loss_sum, "generator.cpu": torch.get_rng_state()}
+    if trainer.device.type == "cuda":
+        tensors["generator.cuda"] = torch.cuda.get_rng_state(trainer.device)
+    return tensors
+
+
 def _capture(trainer: Trainer, metrics: int) -> tuple[dict[str, Tensor], Values]:
+    """All processes call it at the same step."""
+    processes = trainer.processes
     tensors = {f"model.{name}": value for name, value in trainer.model.state_dict().items()}
     for index, entry in trainer.optimizer.state_dict()["state"].items():
         for name, value in entry.items():
             if value is not None:  # SGD without momentum
                 tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
     for index, state in enumerate(trainer.states or ()):
-        tensors[f"state.{index}"] = state
-    tensors["losses"] = trainer.loss_sum
-    tensors["generator.cpu"] = torch.get_rng_state()
-    if trainer.device.type == "cuda":
-        tensors["generator.cuda"] = torch.cuda.get_rng_state(trainer.device)
+        tensors[f"state.{index}"] = processes.joined_rows(state, trainer.config.batch_size)
+    for name, value in _own(trainer).items():
+        for rank, of_rank in enumerate(processes.gathered(value)):
+            tensors[f"{name}.{rank}" if rank else name] = of_rank
     values = Values(
         step=trainer.step,
         epoch=trainer.epoch,
@@ -92,26 +104,30 @@ def _expected(trainer: Trainer, values: Values, names: set[str]) -> dict[str, Te
     if trainer.batches.carried and values.batch:
         for index, state in enumerate(trainer.model.zero_states(trainer.config.batch_size)):
             tensors[f"state.{index}"] = state
-    tensors["losses"] = trainer.loss_sum
-    tensors["generator.cpu"] = torch.get_rng_state()
-    if "generator.cuda" in names:
-        tensors["generator.cuda"] = torch.empty(16, dtype=torch.uint8, device="meta")
+    own = {"losses": trainer.loss_sum, "generator.cpu": torch.get_rng_state()}
+    own["generator.cuda"] = torch.empty(16, dtype=torch.uint8, device="meta")
+    for name, value in own.items():
+        if name in names or name != "generator.cuda":
+            tensors[name] = value
+            tensors |= {f"{name}.{rank}": value for rank in range(1, _writers(names))}
     return tensors
+
+
+def _writers(names: Collection[str]) -> int:
+    """How many processes trained what a checkpoint with tensors of these names is of."""
+    rank = 1
+    while f"losses.{rank}" in names:
+        rank += 1
+    return rank
 
 
 def _restore(trainer: Trainer, tensors: dict[str, Tensor], values: Values) -> None:
     model = {name[6:]: tensors.pop(name) for name in list(tensors) if name.startswith("model.")}
     trainer.model.load_state_dict(model)
-    trainer.loss_sum.copy_(tensors.pop("losses"))
-    torch.set_rng_state(tensors.pop("generator.cpu"))
-    cuda = tensors.pop("generator.cuda", None)
-    if trainer.device.type == "cuda":
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda, trainer.device)
-        else:
-            torch.cuda.manual_seed(trainer.config.seed + values.step)
+    _restore_own(trainer, tensors, values)
+    rows = trainer.processes.rows(trainer.config.batch_size)
     states = [tensors.pop(f"state.{index}") for index in range(2) if f"state.{index}" in tensors]
-    trainer.states = tuple(state.to(trainer.device) for state in states) or None
+    trainer.states = tuple(state[:, rows].to(trainer.device) for state in states) or None
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         _, index, key = name.split(".")
@@ -125,29 +141,55 @@ def _restore(trainer: Trainer, tensors: dict[str, Tensor], values: Values) -> No
     trainer.lowest_mean = math.inf if values.lowest_mean is None else values.lowest_mean
 
 
+def _restore_own(trainer: Trainer, tensors: dict[str, Tensor], values: Values) -> None:
+    """Takes what each process had for itself out of the tensors, and has its own again; where they
+    were more or fewer, the loss is shared out and dropout draws from new seeds."""
+    rank, size = trainer.processes.rank, trainer.processes.size
+    writers = _writers(tensors)
+    kept: dict[str, list[Tensor]] = {}
+    for name in ("losses", "generator.cpu", "generator.cuda"):
+        names = [f"{name}.{other}" if other else name for other in range(writers)]
+        kept[name] = [tensors.pop(name) for name in names if name in tensors]
+    same = writers == size
+    # Each process's sum is weighted so that their mean is the batches'.
+    trainer.loss_sum.copy_(kept["losses"][rank] if same else torch.stack(kept["losses"]).mean())
+    torch.manual_seed(trainer.config.seed + rank * 1_000_003 + values.step)
+    if same:
+        torch.set_rng_state(kept["generator.cpu"][rank])
+    if same and kept["generator.cuda"] and trainer.device.type == "cuda":
+        torch.cuda.set_rng_state(kept["generator.cuda"][rank], trainer.device)
+
+
 class Checkpoints:
     """A run's checkpoint file, and when it is written.
 
     Args:
-        folder: the run's.
+        folder: the run's; None where another process writes it.
         every: steps from one to the next; 0: as often as costs 1 % of the time.
     """
 
-    def __init__(self, folder: Path, every: int = 0) -> None:
-        self.path = folder / CHECKPOINT
+    def __init__(self, folder: Path | None, every: int = 0) -> None:
+        self._folder = folder
         self._every = every
-        self._next = 0.0
+        self._next = math.inf if folder is None else 0.0
+
+    @property
+    def path(self) -> Path:
+        assert self._folder is not None
+        return self._folder / CHECKPOINT
 
     @property
     def exist(self) -> bool:
         return os.path.lexists(self.path)
 
-    def due(self, step: int) -> bool:
-        """Is it time for one, after this step?"""
-        return step % self._every == 0 if self._every else time.perf_counter() >= self._next
+    def due(self, trainer: Trainer) -> bool:
+        """Is it time for one, after this step? All processes ask, and agree."""
+        if self._every:
+            return trainer.step % self._every == 0
+        return trainer.processes.any(time.perf_counter() >= self._next, trainer.step)
 
     def save(self, trainer: Trainer, metrics: int) -> None:
-        """Writes one.
+        """Writes one; all processes call it, and the first one writes.
 
         Args:
             metrics: bytes of metrics.jsonl that belong to it; what comes after is written anew.
@@ -157,6 +199,8 @@ class Checkpoints:
         """
         begin = time.perf_counter()
         tensors, values = _capture(trainer, metrics)
+        if self._folder is None:
+            return
         # One key: safetensors writes several in an order that differs from time to time.
         metadata = {"charlm": json.dumps(dataclasses.asdict(values), allow_nan=False)}
         write_atomically(self.path, safetensors.torch.save(tensors, metadata))

@@ -25,17 +25,23 @@ def bits_per_character(loss: float) -> float:
     return loss / math.log(2)
 
 
+def evaluate(model: CharacterModel, batches: Batches, weights: torch.dtype | None = None) -> float:
+    """Mean cross-entropy in nats over every character of one pass, as `losses` has it."""
+    total, count = losses(model, batches, weights=weights)
+    return total / count
+
+
 @torch.no_grad()
-def evaluate(
+def losses(
     model: CharacterModel,
     batches: Batches,
     limit: int = 0,
     epoch: int = 0,
     weights: torch.dtype | None = None,
-) -> float:
-    """Mean cross-entropy in nats over every character of one pass, dropout off.
+) -> tuple[float, int]:
+    """The sum of the cross-entropies in nats of every character of one pass, and their number.
 
-    The model is left in the mode in which it came.
+    Dropout is off; the model is left in the mode in which it came.
 
     Args:
         limit: take the first `limit` batches only; 0: all.
@@ -56,7 +62,7 @@ def evaluate(
         total += functional.cross_entropy(logits, labels.flatten(), reduction="sum").item()
         count += labels.numel()
     model.train(was_training)
-    return total / count
+    return total, count
 
 
 def narrowed(model: CharacterModel, weights: torch.dtype) -> Scores:

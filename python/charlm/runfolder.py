@@ -131,8 +131,9 @@ class RunFolder:
         path = self.path / METRICS
         return path.stat().st_size if path.is_file() else 0
 
-    def cut_metrics(self, size: int) -> list[Record]:
-        """Takes back the records after the first `size` bytes; returns those that stay.
+    def cut_metrics(self, size: int, write: bool) -> list[Record]:
+        """Takes back the records after the first `size` bytes, unless another process is to `write`
+        that; returns those that stay.
 
         Raises:
             CharlmError: they aren't there, or aren't records.
@@ -144,7 +145,7 @@ class RunFolder:
                 f"{path} has {len(data):,} bytes, but its checkpoint knows of {size:,}"
             )
         records = parse_lines(data, Record, path)
-        if os.path.lexists(path):
+        if write and os.path.lexists(path):
             write_atomically(path, data)
         return records
 

@@ -16,6 +16,7 @@ from charlm.files import Lock, remove_leftovers
 from charlm.model import CharacterModel
 from charlm.optimisation import depends_on_length
 from charlm.presets import read_preset
+from charlm.processes import ALONE, Processes
 from charlm.reading import one_line
 from charlm.runfolder import RunFolder, check_free
 from charlm.settings import Config
@@ -33,14 +34,20 @@ _SAME_WEIGHTS = ("fused", "lstm")
 
 
 @dataclass
-class Run:
-    """A run that is ready to train, its folder locked."""
+class Part:
+    """What another process than the first has of a run that is ready to train."""
 
     trainer: Trainer
+    checkpoints: Checkpoints
+
+
+@dataclass
+class Run(Part):
+    """A run that is ready to train, its folder locked."""
+
     corpus: Corpus
     folder: RunFolder
     facts: dict[str, Any]
-    checkpoints: Checkpoints
     resumed: bool = False
 
     @property
@@ -50,14 +57,20 @@ class Run:
 
 @contextlib.contextmanager
 def begin(
-    config: Config, sources: Sequence[str], path: Path | None, init: Path | None = None
-) -> Iterator[Run]:
+    config: Config,
+    sources: Sequence[str],
+    path: Path | None,
+    init: Path | None = None,
+    processes: Processes = ALONE,
+) -> Iterator[Run | Part]:
     """A new run; with `init`, from the weights of the run there, whose vocabulary it takes.
+
+    The first of the processes that train it has the Run.
 
     Raises:
         CharlmError: text, settings, weights or place won't do; nothing has been written then.
     """
-    if path is not None:
+    if path is not None and processes.first:
         check_free(path)
     weights, vocabulary = RunFolder(init).read_model() if init is not None else (None, None)
     config = _with_threads(config)
@@ -65,9 +78,12 @@ def begin(
         find_text(sources, config.file), config.vocabulary, config.characters, vocabulary
     )
     config = config.override({"prompt": config.prompt or _first_word(corpus)})
-    trainer = _trainer(config, corpus)
+    trainer = _trainer(config, corpus, processes)
     if weights is not None:
         _take_weights(trainer, weights)
+    if not processes.first:
+        yield Part(trainer, Checkpoints(None, config.checkpoint_every))
+        return
     facts = _facts(trainer, corpus)
     folder = RunFolder.create(path, config.preset)
     with Lock(folder.path):
@@ -75,7 +91,7 @@ def begin(
         remove_leftovers(folder.path)
         folder.write_config(config, facts)
         checkpoints = Checkpoints(folder.path, config.checkpoint_every)
-        yield Run(trainer, corpus, folder, facts, checkpoints)
+        yield Run(trainer, checkpoints, corpus, folder, facts)
 
 
 def settings_from(init: Path, preset: str | None, overrides: Mapping[str, Any]) -> Config:
@@ -100,8 +116,15 @@ def settings_from(init: Path, preset: str | None, overrides: Mapping[str, Any]) 
 
 
 @contextlib.contextmanager
-def resume(path: Path, sources: Sequence[str], overrides: Mapping[str, Any]) -> Iterator[Run]:
+def resume(
+    path: Path,
+    sources: Sequence[str],
+    overrides: Mapping[str, Any],
+    processes: Processes = ALONE,
+) -> Iterator[Run | Part]:
     """The run in a folder, where its last checkpoint left it; from its beginning if there is none.
+
+    The first of the processes that train it has the Run.
 
     Raises:
         CharlmError: the folder isn't a run's, another process writes to it, its text isn't there
@@ -109,10 +132,11 @@ def resume(path: Path, sources: Sequence[str], overrides: Mapping[str, Any]) -> 
     """
     folder = RunFolder(path)
     folder.read_config()  # or else a wrong folder would get a lock
-    with Lock(path):
+    with Lock(path) if processes.first else contextlib.nullcontext():
         old, facts = folder.read_config(), folder.read_facts()
         config = _with_threads(_changed(old, overrides))
-        remove_leftovers(path)
+        if processes.first:
+            remove_leftovers(path)
         text = same_text(facts, sources, config)
         corpus = read_corpus(text, config.vocabulary, config.characters)
         if corpus.sha256 != facts.get("sha256"):
@@ -123,18 +147,29 @@ def resume(path: Path, sources: Sequence[str], overrides: Mapping[str, Any]) -> 
         checkpoints = Checkpoints(path, config.checkpoint_every)
         if checkpoints.exist:
             checkpoints.check_model(len(corpus.vocabulary), hyperparameters(config))
-        trainer = _trainer(config, corpus)
+        trainer = _trainer(config, corpus, processes)
         _go_on(trainer, folder, checkpoints)
-        for name in ("device", "threads"):
-            was, now = getattr(old, name), getattr(config, name)
-            if was != now:
-                trainer.notes.append(
-                    f"{name} was {was} and is {now}: the run goes on, but not with the bits that "
-                    "it would have had"
-                )
-        facts["sources"] = text.sources
+        if not processes.first:
+            yield Part(trainer, Checkpoints(None, config.checkpoint_every))
+            return
+        _note_changes(trainer, old, facts)
+        facts |= {"sources": text.sources, "processes": processes.size}
         folder.write_config(config, facts)
-        yield Run(trainer, corpus, folder, facts, checkpoints, resumed=True)
+        yield Run(trainer, checkpoints, corpus, folder, facts, resumed=True)
+
+
+def _note_changes(trainer: Trainer, old: Config, facts: Mapping[str, Any]) -> None:
+    config = trainer.config
+    for name, was, now in (
+        ("device", old.device, config.device),
+        ("threads", old.threads, config.threads),
+        ("the number of processes", facts.get("processes", 1), trainer.processes.size),
+    ):
+        if was != now:
+            trainer.notes.append(
+                f"{name} was {was} and is {now}: the run goes on, but not with the bits that it "
+                "would have had"
+            )
 
 
 def _go_on(trainer: Trainer, folder: RunFolder, checkpoints: Checkpoints) -> None:
@@ -144,7 +179,7 @@ def _go_on(trainer: Trainer, folder: RunFolder, checkpoints: Checkpoints) -> Non
             f"{folder.path} has made {trainer.step:,} steps already, more than the "
             f"{trainer.total_steps:,} asked for"
         )
-    trainer.records = folder.cut_metrics(metrics)
+    trainer.records = folder.cut_metrics(metrics, write=trainer.processes.first)
 
 
 def _changed(old: Config, overrides: Mapping[str, Any]) -> Config:
@@ -189,10 +224,10 @@ def _with_threads(config: Config) -> Config:
     return config.override({"threads": torch.get_num_threads()})
 
 
-def _trainer(config: Config, corpus: Corpus) -> Trainer:
+def _trainer(config: Config, corpus: Corpus, processes: Processes) -> Trainer:
     # Better refused now than after training.
     corpus.vocabulary.encode(str(config.prompt), "the prompt")
-    return Trainer(config, corpus.ids, len(corpus.vocabulary))
+    return Trainer(config, corpus.ids, len(corpus.vocabulary), processes)
 
 
 def _take_weights(trainer: Trainer, weights: CharacterModel) -> None:
@@ -217,6 +252,7 @@ def _facts(trainer: Trainer, corpus: Corpus) -> dict[str, Any]:
         "batches": len(trainer.batches),
         "parameters": trainer.model.parameter_count(),
         "torch": str(torch.__version__),
+        "processes": trainer.processes.size,
         "sources": corpus.text.sources,
         "sha256": corpus.sha256,
     }

@@ -72,6 +72,12 @@ class Config:
 
     batch_size: int = _setting(32, "batches", "Windows in a batch.", POSITIVE)
     window: int = _setting(64, "batches", "Characters in a window.", POSITIVE)
+    accumulate: int = _setting(
+        1,
+        "batches",
+        "Parts that a batch's rows are taken in, one after the other, for less memory.",
+        POSITIVE,
+    )
     batches: str = _setting(
         "rows",
         "batches",
@@ -109,6 +115,9 @@ class Config:
         "optimisation",
         "Of the products; weights, their update and the loss stay in float32.",
         ("float32", "bfloat16"),
+    )
+    compile: bool = _setting(
+        False, "optimisation", "The model's other operators by torch.compile, which takes a minute."
     )
     optimizer: str = _setting("adamw", "optimisation", "The update.", tuple(OPTIMIZERS))
     schedule: str = _setting(

@@ -1,5 +1,6 @@
 """charlm train."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ from charlm.corpus import DATA_FOLDER
 from charlm.errors import CharlmError
 from charlm.interrupt import Interrupt
 from charlm.presets import preset_names, read_preset
+from charlm.processes import joined
 from charlm.reporting import Reporter, heading, show_run
-from charlm.runs import Run, begin, resume, settings_from
+from charlm.runfolder import RunFolder
+from charlm.runs import Part, Run, begin, resume, settings_from
 from charlm.sampling import sample_by
+from charlm.settings import Config
+from charlm.training import Trainer
 from charlm.watching import Events
 
 
@@ -73,13 +78,29 @@ def train(
         for name, value in (("--preset", preset), ("--run", run), ("--init", init)):
             if value is not None:
                 raise CharlmError(f"--resume goes on with a run as it is: leave {name} out")
-        context = resume(resumed, text, overrides)
-    elif init is not None:
-        context = begin(settings_from(init, preset, overrides), text, run, init)
-    else:
-        context = begin(read_preset(preset or "default")[0].override(overrides), text, run)
-    with context as current:
-        _train_and_sample(current)
+    config = _settings(preset, resumed, init, overrides)
+    with joined(config.device) as processes:
+        if processes.size > 1 and "-" in text:
+            raise CharlmError("only one of several processes would get standard input: name a file")
+        if resumed is not None:
+            context = resume(resumed, text, overrides, processes)
+        else:
+            context = begin(config, text, run, init, processes)
+        with context as current:
+            if isinstance(current, Run):
+                _train_and_sample(current)
+            else:
+                _train_along(current)
+
+
+def _settings(
+    preset: str | None, resumed: Path | None, init: Path | None, overrides: dict[str, Any]
+) -> Config:
+    if resumed is not None:
+        return RunFolder(resumed).read_config().override({"device": overrides["device"]})
+    if init is not None:
+        return settings_from(init, preset, overrides)
+    return read_preset(preset or "default")[0].override(overrides)
 
 
 def _train_and_sample(run: Run) -> None:
@@ -107,13 +128,13 @@ def _train(run: Run) -> bool:
 
     def on_step(loss: Any) -> None:
         reporter.step(loss)
-        if run.checkpoints.due(trainer.step):
+        if run.checkpoints.due(trainer):
             run.checkpoints.save(trainer, scheduled)
 
     reporter = Reporter(trainer, run.corpus)
     events = Events(folder.path, trainer.step)
     with reporter, events, Interrupt() as interrupt:
-        for record in trainer.train(on_step, lambda: interrupt.asked):
+        for record in trainer.train(on_step, _asked(interrupt, trainer)):
             folder.write_model(trainer.model, run.corpus.vocabulary)
             folder.add_record(record)
             events.add(record)
@@ -123,6 +144,27 @@ def _train(run: Run) -> bool:
         if trainer.finished or trainer.step == 0:  # or else a record has just saved it
             folder.write_model(trainer.model, run.corpus.vocabulary)
         run.checkpoints.save(trainer, scheduled)
+    trainer.processes.part()
     if trainer.stopped_early:
         click.echo(f"{trainer.stopped_early}: stopped at step {trainer.step}")
     return trainer.finished
+
+
+def _asked(interrupt: Interrupt, trainer: Trainer) -> Callable[[], bool]:
+    """Whether one of the processes was interrupted; all ask before each step."""
+    return lambda: trainer.processes.any(interrupt.asked, trainer.step)
+
+
+def _train_along(part: Part) -> None:
+    """What another process than the first does, at the same steps."""
+    trainer, checkpoints = part.trainer, part.checkpoints
+
+    def on_step(loss: Any) -> None:
+        if checkpoints.due(trainer):
+            checkpoints.save(trainer, 0)
+
+    with Interrupt() as interrupt:
+        for _ in trainer.train(on_step, _asked(interrupt, trainer)):
+            pass
+        checkpoints.save(trainer, 0)
+    trainer.processes.part()

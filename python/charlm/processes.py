@@ -1,0 +1,128 @@
+"""Several processes that train one model, as torchrun starts them: each takes some rows of every
+batch, and the gradients are averaged by torch's DistributedDataParallel.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from charlm.errors import CharlmError
+
+# Nothing that one process does alone between two meetings takes as long.
+_PATIENCE = timedelta(seconds=50)
+# Steps between two questions that all answer together, each some 0.1 ms.
+_ASK_EVERY = 8
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run: `rank` of `size`."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """The one that writes and shows."""
+        return self.rank == 0
+
+    def rows(self, count: int) -> slice:
+        """Its own of a batch's rows: they don't overlap, and every row is somebody's."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def total(self, *numbers: float) -> list[float]:
+        """Of each number the sum over all processes; all call it at the same place."""
+        if self.size == 1:
+            return list(numbers)
+        sums = torch.tensor(numbers, dtype=torch.float64)
+        distributed.all_reduce(sums)
+        return sums.tolist()
+
+    def gathered(self, tensor: Tensor) -> list[Tensor]:
+        """Every process's tensor of this shape, by rank, on the CPU; all call it together."""
+        tensor = tensor.detach().cpu().contiguous()
+        if self.size == 1:
+            return [tensor]
+        found = [torch.empty_like(tensor) for _ in range(self.size)]
+        distributed.all_gather(found, tensor)
+        return found
+
+    def joined_rows(self, tensor: Tensor, count: int) -> Tensor:
+        """(layers, rows of each process, H) -> (layers, count, H), on the CPU; all call it."""
+        most = -(-count // self.size)
+        padded = tensor.new_zeros(tensor.shape[0], most, tensor.shape[2])
+        padded[:, : tensor.shape[1]] = tensor
+        parts = self.gathered(padded)
+        shares = [Processes(rank, self.size).rows(count) for rank in range(self.size)]
+        return torch.cat(
+            [part[:, : s.stop - s.start] for part, s in zip(parts, shares, strict=True)], dim=1
+        )
+
+    def any(self, answer: bool, step: int) -> bool:
+        """Whether one process says so. All call it at the same step; several processes hear of
+        each other every few steps only."""
+        if self.size == 1:
+            return answer
+        return step % _ASK_EVERY == 0 and self.total(answer)[0] > 0
+
+    def together(self, model: nn.Module) -> nn.Module:
+        """The model, whose gradients are averaged over all processes by every backward."""
+        return model if self.size == 1 else DistributedDataParallel(model)
+
+    def part(self) -> None:
+        """Once all have done what they do together: nobody waits for what one does alone then."""
+        if self.size > 1:
+            distributed.barrier()
+            distributed.destroy_process_group()
+
+    @contextlib.contextmanager
+    def apart(self, together: nn.Module, really: bool) -> Iterator[None]:
+        """Within it, backward only adds to this process's gradients."""
+        if really and isinstance(together, DistributedDataParallel):
+            with together.no_sync():
+                yield
+        else:
+            yield
+
+
+ALONE = Processes()
+
+
+@contextlib.contextmanager
+def joined(device: str) -> Iterator[Processes]:
+    """Those that torchrun has started, which its environment variables tell; else this one alone.
+
+    Args:
+        device: what they train on.
+
+    Raises:
+        CharlmError: another process has ended, or doesn't answer.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield ALONE
+        return
+    on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    try:
+        if on_cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+        distributed.init_process_group(backend, timeout=_PATIENCE)
+        yield Processes(distributed.get_rank(), size)
+    except RuntimeError as error:
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise CharlmError(
+            f"process {os.environ.get('RANK')} of {size} lost another one of this run ({reason}): "
+            "charlm train --resume goes on from the last checkpoint"
+        ) from None
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
