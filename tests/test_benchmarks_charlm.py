@@ -71,7 +71,8 @@ def test_a_side_that_takes_too_long_is_an_error_of_its_row(
 
 
 def test_every_preset_is_there_and_the_plain_model_is_as_large(charlm: ModuleType) -> None:
-    names = {"default", "frankenstein", "gpt-simple", "shakespeare", "sonnets", "tinyshakespeare"}
+    names = {"default", "frankenstein", "gpt-simple", "shakespeare", "sonnets", "tinyshakespeare",
+             "tinyshakespeare-large"}  # fmt: skip
     assert set(charlm.PRESETS) == names | {"default-512"}
     trainers = charlm.trainers
     for config in charlm.PRESETS.values():
