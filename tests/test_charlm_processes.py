@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from charlm.batches import Share, Windows, cut
+from charlm.batches import IGNORED, Share, Windows, cut
 from charlm.cli import main
 from charlm.corpus import builtin_text
 from charlm.processes import Processes
@@ -70,8 +70,9 @@ def distance(one: str, other: str) -> float:
         ["--batch-size", 7, "--batches", "rows", "--accumulate", 2],
         # 127 windows: the last batch has one row, for two processes
         ["--batch-size", 9, "--batches", "windows", "--stride", 85, "--eval-train"],
+        ["--batch-size", 7, "--accumulate", 2, "--fsdp", "--layers", 2],
     ],
-    ids=["rows", "windows"],
+    ids=["rows", "windows", "fsdp"],
 )
 def test_two_processes_give_the_loss_of_one(batches: list[object]) -> None:
     shared = [
@@ -110,7 +111,8 @@ def test_a_killed_process_ends_the_others_and_any_number_goes_on() -> None:
 
 
 def test_a_resumed_run_of_two_has_the_bits_of_one_that_was_not_interrupted() -> None:
-    options = [*SMALL, "--batch-size", 7, "--dropout", 0.5, "--text", "text.txt"]
+    """Of shares of the weights: the bits of whole ones are no other code's."""
+    options = [*SMALL, "--fsdp", "--batch-size", 7, "--dropout", 0.5, "--text", "text.txt"]
     options += ["--schedule", "constant", "--warmup", 0, "--eval-every", 0]
     trained(2, *options, "--epochs", 3, "--run", "whole")
     trained(2, *options, "--epochs", 2, "--run", "halved")
@@ -146,15 +148,16 @@ def test_every_row_is_somebodys(count: int, size: int) -> None:
     assert rows == list(range(count))
 
 
-def test_a_share_leaves_out_batches_without_rows() -> None:
+def test_shares_of_batches_make_them_whole() -> None:
     ids = torch.arange(40).numpy()
     whole = Windows(ids, window=5, batch_size=2, stride=7, seed=1)  # 5 windows
-    shares = [Share(whole, Processes(rank, 2).rows) for rank in range(2)]
-    assert [len(list(share.epoch(0))) for share in shares] == [2, 3]
-    for batch, (features, labels) in enumerate(whole.epoch(0)):
-        parts = [list(share.epoch(0)) for share in shares]
-        mine = torch.cat([part[batch][0] for part in parts if batch < len(part)])
-        assert torch.equal(mine, features) and torch.equal(labels, features + 1)
+    shares = [Share(whole, Processes(rank, 2).rows).epoch(0) for rank in range(2)]
+    for features, labels in whole.epoch(0):
+        parts = [next(share) for share in shares]
+        counted = [part for part in parts if (part[1] != IGNORED).any()]
+        assert len(counted) == len(labels)
+        assert torch.equal(torch.cat([part[0] for part in counted]), features)
+        assert torch.equal(torch.cat([part[1] for part in counted]), labels)
 
 
 def test_cut() -> None:

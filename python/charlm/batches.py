@@ -17,6 +17,7 @@ from charlm.errors import CharlmError
 from charlm.shuffling import Permutation
 
 Batch = tuple[Tensor, Tensor]
+IGNORED = -100  # a label that torch's cross-entropy takes no notice of
 _RELEASE_EVERY = 16  # batches; each reads 64 KB a row, the pages around it included
 
 
@@ -125,7 +126,8 @@ def rows_for_evaluation(ids: Ids, window: int, batch_size: int) -> Rows | None:
 
 
 class Share:
-    """The rows of each batch that `rows` says of so many; a batch without any is left out."""
+    """The rows of each batch that `rows` says of so many; where it has none of them, one that isn't
+    to be counted: its labels are IGNORED."""
 
     def __init__(self, batches: Batches, rows: Callable[[int], slice]) -> None:
         self._batches, self._rows = batches, rows
@@ -139,6 +141,8 @@ class Share:
             mine = self._rows(len(labels))
             if mine.start < mine.stop:
                 yield features[mine], labels[mine]
+            else:
+                yield features[:1], torch.full_like(labels[:1], IGNORED)
 
 
 def cut(rows: slice, parts: int) -> list[slice]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from charlm.files import write_atomically
 from charlm.model import CharacterModel
 from charlm.optimisation import STATE
+from charlm.processes import share_as, whole
 from charlm.reading import TensorFile, blaming, build, parse_json
 from charlm.training import Trainer
 
@@ -60,11 +61,11 @@ def _own(trainer: Trainer) -> dict[str, Tensor]:
 def _capture(trainer: Trainer, metrics: int) -> tuple[dict[str, Tensor], Values]:
     """All processes call it at the same step."""
     processes = trainer.processes
-    tensors = {f"model.{name}": value for name, value in trainer.model.state_dict().items()}
+    tensors = {f"model.{name}": whole(v) for name, v in trainer.model.state_dict().items()}
     for index, entry in trainer.optimizer.state_dict()["state"].items():
-        for name, value in entry.items():
+        for name, value in sorted(entry.items()):  # in the same order in every process
             if value is not None:  # SGD without momentum
-                tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
+                tensors[f"optimizer.{index}.{name}"] = whole(torch.as_tensor(value))
     for index, state in enumerate(trainer.states or ()):
         tensors[f"state.{index}"] = processes.joined_rows(state, trainer.config.batch_size)
     for name, value in _own(trainer).items():
@@ -123,15 +124,16 @@ def _writers(names: Collection[str]) -> int:
 
 def _restore(trainer: Trainer, tensors: dict[str, Tensor], values: Values) -> None:
     model = {name[6:]: tensors.pop(name) for name in list(tensors) if name.startswith("model.")}
-    trainer.model.load_state_dict(model)
+    trainer.load_weights(model)
     _restore_own(trainer, tensors, values)
     rows = trainer.processes.rows(trainer.config.batch_size)
     states = [tensors.pop(f"state.{index}") for index in range(2) if f"state.{index}" in tensors]
     trainer.states = tuple(state[:, rows].to(trainer.device) for state in states) or None
     state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
+    for name, value in sorted(tensors.items(), key=lambda item: item[0]):
         _, index, key = name.split(".")
-        state.setdefault(int(index), {})[key] = value
+        of = value if value.dim() == 0 else share_as(value, trainer.model.learned()[int(index)])
+        state.setdefault(int(index), {})[key] = of
     groups = trainer.optimizer.state_dict()["param_groups"]
     trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from charlm.batches import Batches
+from charlm.batches import IGNORED, Batches
 from charlm.errors import CharlmError
 from charlm.model import CharacterModel, States
 
@@ -60,7 +60,7 @@ def losses(
         labels = labels.to(device)
         logits, states = scores(features.to(device), states)
         total += functional.cross_entropy(logits, labels.flatten(), reduction="sum").item()
-        count += labels.numel()
+        count += int((labels != IGNORED).sum())
     model.train(was_training)
     return total, count
 

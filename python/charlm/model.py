@@ -143,7 +143,8 @@ class CharacterModel(nn.Module):
     def zero_states(self, batch_size: int) -> States:
         """Zero (h, c), or (h,) of a GRU or an RNN, each (layers, batch_size, H)."""
         layers, hidden = self.hyperparameters["layers"], self.hyperparameters["hidden"]
-        zeros = self.linear.weight.new_zeros(layers, batch_size, hidden)
+        like = self.linear.weight  # which may be one process's share
+        zeros = torch.zeros(layers, batch_size, hidden, dtype=like.dtype, device=like.device)
         return (zeros, zeros) if self.hyperparameters["cell"] in ("fused", "lstm") else (zeros,)
 
     def learned(self) -> list[nn.Parameter]:

@@ -1,12 +1,15 @@
 """Several processes that train one model, as torchrun starts them: each takes some rows of every
-batch, and the gradients are averaged by torch's DistributedDataParallel.
+batch, and the gradients are averaged by torch's DistributedDataParallel, or by FSDP2, where each
+also keeps a share of the weights and the optimiser's state only.
 """
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -71,9 +74,23 @@ class Processes:
             return answer
         return step % _ASK_EVERY == 0 and self.total(answer)[0] > 0
 
-    def together(self, model: nn.Module) -> nn.Module:
-        """The model, whose gradients are averaged over all processes by every backward."""
-        return model if self.size == 1 else DistributedDataParallel(model)
+    def together(self, model: nn.Module, device: torch.device, shares: bool) -> nn.Module:
+        """The model, whose gradients are averaged over all processes by every backward.
+
+        Args:
+            shares: each process keeps a share of its weights only, which are DTensors then.
+        """
+        if self.size == 1:
+            return model
+        if not shares:
+            return DistributedDataParallel(model)
+        from torch.distributed.device_mesh import init_device_mesh  # takes a second to import
+        from torch.distributed.fsdp import fully_shard
+
+        # The scores are a view, which nothing here writes to.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+        fully_shard(model, mesh=init_device_mesh(device.type, (self.size,)))
+        return model
 
     def part(self) -> None:
         """Once all have done what they do together: nobody waits for what one does alone then."""
@@ -94,9 +111,24 @@ class Processes:
 ALONE = Processes()
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor of which this may be a share, a DTensor; all processes call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def share_as(tensor: Tensor, other: Any) -> Tensor:
+    """This process's share, where the other tensor is one."""
+    if not hasattr(other, "placements"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    tensor = tensor.to(other.device)
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+
+
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[Processes]:
-    """Those that torchrun has started, which its environment variables tell; else this one alone.
+    """Those that torchrun has started; else this one alone.
 
     Args:
         device: what they train on.
@@ -104,7 +136,8 @@ def joined(device: str) -> Iterator[Processes]:
     Raises:
         CharlmError: another process has ended, or doesn't answer.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    by_torchrun = distributed.is_available() and distributed.is_torchelastic_launched()
+    size = int(os.environ["WORLD_SIZE"]) if by_torchrun else 1
     if size == 1:
         yield ALONE
         return

@@ -24,7 +24,7 @@ from charlm.training import Trainer, hyperparameters
 
 # What a resumed run may change: nothing of it decides a bit of the steps that were made.
 _SAFE = {
-    "epochs", "steps", "stop", "stop_below", "device", "threads", "checkpoint_every", "log",
+    "epochs", "steps", "stop", "stop_below", "device", "threads", "fsdp", "checkpoint_every", "log",
     "log_every", "prompt", "length", "temperature", "top_k", "top_p", "samples", "sample_length",
     "preview", "headings",
 }  # fmt: skip
@@ -163,6 +163,7 @@ def _note_changes(trainer: Trainer, old: Config, facts: Mapping[str, Any]) -> No
     for name, was, now in (
         ("device", old.device, config.device),
         ("threads", old.threads, config.threads),
+        ("fsdp", old.fsdp, config.fsdp),
         ("the number of processes", facts.get("processes", 1), trainer.processes.size),
     ):
         if was != now:
@@ -231,7 +232,7 @@ def _trainer(config: Config, corpus: Corpus, processes: Processes) -> Trainer:
 
 
 def _take_weights(trainer: Trainer, weights: CharacterModel) -> None:
-    trainer.model.load_state_dict(weights.state_dict())
+    trainer.load_weights(weights.state_dict())
 
 
 def _first_word(corpus: Corpus) -> str:

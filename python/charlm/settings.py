@@ -182,6 +182,11 @@ class Config:
     seed: int = _setting(0, "run", "Of weights, batches, dropout and sample.", SEED)
     device: str = _setting("cpu", "run", "cpu, cuda, cuda:1, ...; auto is cuda where it is there.")
     threads: int | None = _setting(None, "run", "CPU threads.  [default: torch's]", POSITIVE)
+    fsdp: bool = _setting(
+        False,
+        "run",
+        "Several processes keep a share of the weights each, for models beyond one GPU.",
+    )
     checkpoint_every: int = _setting(
         0,
         "run",

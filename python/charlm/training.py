@@ -15,7 +15,7 @@ from charlm.errors import CharlmError
 from charlm.evaluation import losses
 from charlm.model import INITIAL_WEIGHTS, CharacterModel, States, detach
 from charlm.optimisation import OPTIMIZERS, Place, Record, learning_rate, reason_to_stop
-from charlm.processes import ALONE, Processes
+from charlm.processes import ALONE, Processes, share_as, whole
 from charlm.settings import Config
 
 
@@ -70,6 +70,10 @@ class Trainer:
                 f"{processes.size} processes need as many rows in a batch at least: "
                 f"--batch-size {config.batch_size} is too small"
             )
+        if config.fsdp and config.samples != "end":
+            raise CharlmError(
+                f"with --fsdp the sample comes at the end: not --samples {config.samples}"
+            )
         self.config, self.processes = config, processes
         self.notes: list[str] = []
         self.device = device_of(config.device)
@@ -92,7 +96,7 @@ class Trainer:
         self.model = model.to(self.device)
         if processes.rank:  # draws the dropout of other rows
             torch.manual_seed(config.seed + processes.rank * 1_000_003)
-        self._together = processes.together(self.model)
+        self._together = processes.together(self.model, self.device, config.fsdp)
         self._scores = torch.compile(self._together) if config.compile else self._together
         # The fused update takes half of the plain one: 0.7 ms, not 1.4, of some 20 ms a step.
         self.optimizer = OPTIMIZERS[config.optimizer](
@@ -125,6 +129,24 @@ class Trainer:
     @property
     def finished(self) -> bool:
         return self.step >= self.total_steps or bool(self.stopped_early)
+
+    def whole_model(self) -> CharacterModel:
+        """For the first process the model with all of its weights; all processes call it."""
+        if not self.config.fsdp or self.processes.size == 1:
+            return self.model
+        weights = {name: whole(value).cpu() for name, value in self.model.state_dict().items()}
+        if not self.processes.first:
+            return self.model
+        model = CharacterModel.on_meta(
+            self.model.vocabulary_size, self.model.hyperparameters, self.config.layers
+        )
+        model.load_state_dict(weights, assign=True)
+        return model
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Of a whole model, whose shares the processes then have."""
+        own = self.model.state_dict()
+        self.model.load_state_dict({name: share_as(weights[name], own[name]) for name in own})
 
     def is_place(self, step: int, epoch: int, batch: int) -> bool:
         """Can training stand there?"""

@@ -11,6 +11,7 @@ from charlm.commands.options import GroupedCommand, GroupedOption, setting_optio
 from charlm.corpus import DATA_FOLDER
 from charlm.errors import CharlmError
 from charlm.interrupt import Interrupt
+from charlm.model import CharacterModel
 from charlm.presets import preset_names, read_preset
 from charlm.processes import joined
 from charlm.reporting import Reporter, heading, show_run
@@ -106,7 +107,8 @@ def _settings(
 def _train_and_sample(run: Run) -> None:
     config, trainer, folder = run.config, run.trainer, run.folder
     show_run(run)
-    if not _train(run):
+    model = _train(run)
+    if model is None:
         click.echo(
             f"interrupted at step {trainer.step} of {trainer.total_steps}: what was learned by "
             f"then is saved, try charlm sample {folder.path}; go on with charlm train --resume "
@@ -114,14 +116,14 @@ def _train_and_sample(run: Run) -> None:
         )
         raise click.exceptions.Exit(130)  # what shells expect after Ctrl-C
     heading(config, "generation")
-    written = sample_by(config, trainer.model, run.corpus.vocabulary, config.length, config.seed)
+    written = sample_by(config, model, run.corpus.vocabulary, config.length, config.seed)
     folder.write_sample(written)
     click.echo(f"\nsample, temperature {config.temperature:g}:\n{written}\n")
     click.echo(f"saved in {folder.path}; more with: charlm sample {folder.path}")
 
 
-def _train(run: Run) -> bool:
-    """Trains, shows it and keeps the folder up to date; False if Ctrl-C ended it early."""
+def _train(run: Run) -> CharacterModel | None:
+    """Trains, shows it and keeps the folder up to date; None if Ctrl-C ended it early."""
     trainer, folder = run.trainer, run.folder
     # Bytes of metrics.jsonl that any longer run would have, too.
     scheduled = folder.metrics_size
@@ -135,19 +137,20 @@ def _train(run: Run) -> bool:
     events = Events(folder.path, trainer.step)
     with reporter, events, Interrupt() as interrupt:
         for record in trainer.train(on_step, _asked(interrupt, trainer)):
-            folder.write_model(trainer.model, run.corpus.vocabulary)
+            folder.write_model(trainer.whole_model(), run.corpus.vocabulary)
             folder.add_record(record)
             events.add(record)
             reporter.record(record)
             if trainer.records and trainer.records[-1] is record:
                 scheduled = folder.metrics_size
+        model = trainer.whole_model()
         if trainer.finished or trainer.step == 0:  # or else a record has just saved it
-            folder.write_model(trainer.model, run.corpus.vocabulary)
+            folder.write_model(model, run.corpus.vocabulary)
         run.checkpoints.save(trainer, scheduled)
     trainer.processes.part()
     if trainer.stopped_early:
         click.echo(f"{trainer.stopped_early}: stopped at step {trainer.step}")
-    return trainer.finished
+    return model if trainer.finished else None
 
 
 def _asked(interrupt: Interrupt, trainer: Trainer) -> Callable[[], bool]:
@@ -165,6 +168,7 @@ def _train_along(part: Part) -> None:
 
     with Interrupt() as interrupt:
         for _ in trainer.train(on_step, _asked(interrupt, trainer)):
-            pass
+            trainer.whole_model()
+        trainer.whole_model()
         checkpoints.save(trainer, 0)
     trainer.processes.part()
