@@ -67,12 +67,11 @@ def distance(one: str, other: str) -> float:
 @pytest.mark.parametrize(
     "batches",
     [
-        ["--batch-size", 7, "--batches", "rows", "--accumulate", 2],
         # 127 windows: the last batch has one row, for two processes
         ["--batch-size", 9, "--batches", "windows", "--stride", 85, "--eval-train"],
         ["--batch-size", 7, "--accumulate", 2, "--fsdp", "--layers", 2],
     ],
-    ids=["rows", "windows", "fsdp"],
+    ids=["windows", "rows, shares"],
 )
 def test_two_processes_give_the_loss_of_one(batches: list[object]) -> None:
     shared = [
