@@ -82,6 +82,23 @@ def test_every_preset_is_there_and_the_plain_model_is_as_large(charlm: ModuleTyp
     assert charlm.PRESETS["default-512"].hidden == 512
 
 
+def test_losses_of_runs(charlm: ModuleType, tmp_path: Path) -> None:
+    from benchmarks import losses
+    from charlm.cli import main
+
+    run, out = tmp_path / "run", tmp_path / "out.json"
+    options = ["--steps", 3, "--hidden", 9, "--seed", 7, "--dtype", "bfloat16", "--run", run]
+    assert CliRunner().invoke(main, ["train", *map(str, options)]).exit_code == 0
+    result = CliRunner().invoke(losses.main, [str(run), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(out.read_text())["rows"]
+    assert [row[key] for key in ("case", "H", "dtype", "seed", "steps")] == [
+        "default", 9, "bf16", 7, 3
+    ]  # fmt: skip
+    record = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["val_loss"] == pytest.approx(record["val_loss"], abs=1e-4)
+
+
 def test_keep_wants_all_rows(charlm: ModuleType) -> None:
     result = CliRunner().invoke(charlm.main, ["--keep", *ONE_ROW])
     assert result.exit_code == 2
