@@ -5,12 +5,16 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #include "processors.h"
 
 namespace fused_lstm::cpu {
 namespace {
+
+// A team of few on a machine of many would need more threads than it is worth.
+constexpr int kLargest = 64;
 
 // Of a process, never destroyed: its thread may outlive whatever is destroyed at the end.
 struct Crowd {
@@ -39,14 +43,17 @@ Crowd& crowd() {
 void keep_crowd(int threads) {
   Crowd& mine = crowd();
   if (mine.wanted.load(std::memory_order_relaxed)) return;
+  // One above the processors, together with that team's; the one that starts it isn't counted.
+  const int least = processors().affinity - threads + 2;
+  if (least > kLargest) return;
   std::lock_guard<std::mutex> lock(mine.mutex);
   mine.wanted = true;
   if (mine.there) return;
-  mine.there = true;
-  // One above the processors, together with that team's; one of these is the one that starts it,
-  // and isn't counted.
-  const int least = processors().affinity - threads + 2;
-  std::thread([&mine, least] { mine.stay(least); }).detach();
+  try {
+    std::thread([&mine, least] { mine.stay(least); }).detach();
+    mine.there = true;
+  } catch (const std::system_error&) {  // no more threads are to be had: then without
+  }
 }
 
 void dismiss_crowd() {
