@@ -233,6 +233,14 @@ def test_no_more_threads_than_processors() -> None:
     assert int(found.stdout) < len(os.sched_getaffinity(0)), found.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="for libgomp")
+def test_threads_that_are_bound_are_as_many() -> None:
+    """OMP_PROC_BIND leaves the first thread one processor, and the others theirs."""
+    code = "import torch; from fused_lstm import _C; print(_C.processors()['affinity'])"
+    found = run_python("-c", code, OMP_PROC_BIND="true", OMP_PLACES="cores")
+    assert int(found.stdout) == len(os.sched_getaffinity(0)), found.stderr
+
+
 def test_cap() -> None:
     code = (
         WORK.format(threads=16, any_pace=True)

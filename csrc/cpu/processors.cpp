@@ -8,6 +8,9 @@
 #include <sstream>
 #include <thread>
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 #if defined(__linux__)
 #include <dirent.h>
 #include <sched.h>
@@ -58,6 +61,10 @@ int cap_from_environment() {
 }
 
 int affinity() {
+#if defined(_OPENMP)
+  // Where OpenMP binds its threads, it has bound this one, too, to one processor.
+  if (omp_get_proc_bind() != omp_proc_bind_false) return std::max(1, omp_get_num_procs());
+#endif
 #if defined(__linux__)
   cpu_set_t set;  // fails where the system has more than 1,024 processors
   if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
