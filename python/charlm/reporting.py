@@ -26,6 +26,8 @@ def show_run(run: Run) -> None:
     """What came of text and settings, before training begins."""
     config = run.config
     shown = {key: value for key, value in run.facts.items() if key not in ("sources", "sha256")}
+    if shown.get("processes") == 1:
+        del shown["processes"]
     heading(config, "data")
     _note_other_opening(config, run.corpus)
     _show_facts({key: shown.pop(key) for key in list(shown)[:5]})
