@@ -72,7 +72,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_streams(tmp_path: Path) -> None:
     """Each gives the bits of single steps, by one thread, several, and ten with a fork each."""
     target = tmp_path / "streams"
-    names = ("kernel", "stream", "sampler", "threads", "block_cache", "processors", "dispatch")
+    names = "kernel stream sampler threads crowd block_cache processors dispatch".split()
     sources = [KERNEL.with_name(f"{name}.cpp") for name in names]
     sources.append(HERE / "kernel_layers" / "streams.cpp")
     flags = [*kernel_flags(), "-DFUSED_LSTM_HAVE_GENERIC", *([] if NATIVE else ["-static"])]

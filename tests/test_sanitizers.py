@@ -17,7 +17,7 @@ import pytest
 
 HERE = Path(__file__).parent
 KERNEL = HERE.parent / "csrc" / "cpu" / "kernel.cpp"
-STREAM = ("stream", "sampler", "threads", "block_cache", "processors", "dispatch")
+STREAM = ("stream", "sampler", "threads", "crowd", "block_cache", "processors", "dispatch")
 COMMON = "-w -std=c++20 -O1 -g1 -ffp-contract=fast -fno-math-errno -fno-trapping-math"
 SETS = {
     "avx512_bf16": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl "
