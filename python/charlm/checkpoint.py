@@ -70,7 +70,7 @@ def _capture(trainer: Trainer, metrics: int) -> tuple[dict[str, Tensor], Values]
         tensors[f"state.{index}"] = processes.joined_rows(state, trainer.config.batch_size)
     for name, value in _own(trainer).items():
         for rank, of_rank in enumerate(processes.gathered(value)):
-            tensors[f"{name}.{rank}" if rank else name] = of_rank
+            tensors[_name(name, rank)] = of_rank
     values = Values(
         step=trainer.step,
         epoch=trainer.epoch,
@@ -105,13 +105,16 @@ def _expected(trainer: Trainer, values: Values, names: set[str]) -> dict[str, Te
     if trainer.batches.carried and values.batch:
         for index, state in enumerate(trainer.model.zero_states(trainer.config.batch_size)):
             tensors[f"state.{index}"] = state
-    own = {"losses": trainer.loss_sum, "generator.cpu": torch.get_rng_state()}
-    own["generator.cuda"] = torch.empty(16, dtype=torch.uint8, device="meta")
+    own = _own(trainer) | {"generator.cuda": torch.empty(16, dtype=torch.uint8, device="meta")}
     for name, value in own.items():
         if name in names or name != "generator.cuda":
-            tensors[name] = value
-            tensors |= {f"{name}.{rank}": value for rank in range(1, _writers(names))}
+            tensors |= {_name(name, rank): value for rank in range(_writers(names))}
     return tensors
+
+
+def _name(name: str, rank: int) -> str:
+    """Of what a process has for itself."""
+    return f"{name}.{rank}" if rank else name
 
 
 def _writers(names: Collection[str]) -> int:
@@ -146,16 +149,15 @@ def _restore(trainer: Trainer, tensors: dict[str, Tensor], values: Values) -> No
 def _restore_own(trainer: Trainer, tensors: dict[str, Tensor], values: Values) -> None:
     """Takes what each process had for itself out of the tensors, and has its own again; where they
     were more or fewer, the loss is shared out and dropout draws from new seeds."""
-    rank, size = trainer.processes.rank, trainer.processes.size
-    writers = _writers(tensors)
+    rank, writers = trainer.processes.rank, _writers(tensors)
     kept: dict[str, list[Tensor]] = {}
     for name in ("losses", "generator.cpu", "generator.cuda"):
-        names = [f"{name}.{other}" if other else name for other in range(writers)]
+        names = [_name(name, other) for other in range(writers)]
         kept[name] = [tensors.pop(name) for name in names if name in tensors]
-    same = writers == size
+    same = writers == trainer.processes.size
     # Each process's sum is weighted so that their mean is the batches'.
     trainer.loss_sum.copy_(kept["losses"][rank] if same else torch.stack(kept["losses"]).mean())
-    torch.manual_seed(trainer.config.seed + rank * 1_000_003 + values.step)
+    torch.manual_seed(trainer.processes.seed(trainer.config.seed) + values.step)
     if same:
         torch.set_rng_state(kept["generator.cpu"][rank])
     if same and kept["generator.cuda"] and trainer.device.type == "cuda":

@@ -39,6 +39,10 @@ class Processes:
         """Its own of a batch's rows: they don't overlap, and every row is somebody's."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
+    def seed(self, seed: int) -> int:
+        """Its own of a run's, for the dropout of its rows; the first has the run's."""
+        return seed + self.rank * 1_000_003
+
     def total(self, *numbers: float) -> list[float]:
         """Of each number the sum over all processes; all call it at the same place."""
         if self.size == 1:
