@@ -160,6 +160,33 @@ def test_a_crowd_sends_waiting_threads_to_sleep() -> None:
     assert first.startswith("True ") and last == "True", found.stdout
 
 
+BESIDE = """
+import os, subprocess, sys, time, torch
+from fused_lstm import FusedLSTM
+torch.set_num_threads(2)
+lstm, x = FusedLSTM(64, 255), torch.randn(64, 31, 64)
+def call(): lstm(x)[0].sum().backward()
+threads = lambda: len(os.listdir("/proc/self/task"))
+for _ in range(3): call()
+alone = threads()
+others = [subprocess.Popen([sys.executable, "-c", "while True: pass"])
+          for _ in range(2 * len(os.sched_getaffinity(0)))]
+end = time.monotonic() + 120
+while threads() <= alone and time.monotonic() < end: call()
+for other in others: other.kill()
+print(threads() > alone)
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or "clang" in str(_C.build_info()["compiler"]), reason="for libgomp"
+)
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor")
+def test_calls_beside_busy_processes_bring_the_crowd() -> None:
+    found = run_python("-c", BESIDE)
+    assert found.stdout == "True\n", found.stderr
+
+
 def test_brief_calls_take_several_threads_in_a_row() -> None:
     """Not after a rest of 3 ms: to wake another thread takes as long as the call."""
     ms = 1_000_000
