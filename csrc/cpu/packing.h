@@ -111,6 +111,30 @@ static void pack_dense_columns(const T* weights, int64_t stride, int64_t K, int6
   }
 }
 
+// 16 columns from 16 pairs of rows `stride` apart, `there` rows of them, to columns `padded` apart,
+// each a line of 32 numbers: the pairs are transposed in registers.
+template <class Elem>
+FUSED_LSTM_INLINE void transpose_pairs(const Elem* rows, int64_t stride, int64_t there,
+                                       int64_t columns, Elem* to, int64_t padded) {
+  using Pairs = VecOf<float>::ubits;
+  constexpr int V = kLanes<float>;
+  const auto row = [&](int64_t k) __attribute__((always_inline)) {
+    VecOf<float>::half numbers{};
+    if (k < there) {
+      if (columns >= V) {
+        numbers = load_raw<VecOf<float>::half>(rows + k * stride);
+      } else if (columns > 0) {
+        memcpy(&numbers, rows + k * stride, size_t(columns) * sizeof(Elem));
+      }
+    }
+    return __builtin_convertvector(numbers, Pairs);
+  };
+  Vec<float> v[V];
+  for (int l = 0; l < V; ++l) v[l] = (Vec<float>)(row(2 * l) | row(2 * l + 1) << 16);
+  transpose<float>(v);
+  for (int l = 0; l < V; ++l) memcpy(to + l * padded, &v[l], sizeof(v[l]));
+}
+
 // Packs `columns` columns of a dense matrix, rows of K `stride` apart, as strips `strip_size`
 // apart. One step of K at a time for all strips: column by column, the matrix's rows (4 KB and more
 // apart) evict one another from the first-level cache. `step` holds one step of all strips.
@@ -121,10 +145,12 @@ static void pack_strips(const T* from, int64_t stride, int64_t K, int64_t column
   constexpr int S = Gemm::kStepK, R = Gemm::kStripRows;
   const int64_t padded = round_up(K, Gemm::kPadK), count = (columns + R - 1) / R;
   if constexpr (Gemm::kStripIsTransposed) {
-    for (int64_t k = 0; k < padded; ++k)
-      for (int64_t c = 0; c < count * R; ++c)
-        strips[c / R * strip_size + c % R * padded + k] =
-            k < K && c < columns ? from[k * stride + c] : typename Gemm::Elem{};
+    constexpr int V = kLanes<float>;
+    static_assert(S == 2 && Gemm::kPadK == 2 * V && R % V == 0, "whole squares of pairs");
+    for (int64_t k = 0; k < padded; k += 2 * V)
+      for (int64_t c = 0; c < count * R; c += V)
+        transpose_pairs(from + k * stride + c, stride, K - k, columns - c,
+                        strips + c / R * strip_size + c % R * padded + k, padded);
   } else {
     for (int64_t k = 0; k < padded; k += S) {
       const int64_t left = K - k;
