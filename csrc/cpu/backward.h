@@ -109,13 +109,13 @@ struct BackwardPass {
       for (int64_t b = thread; needs_product() && b < hidden.count(); b += threads) {
         const int64_t first = hidden.first(b);
         pack_dense_columns<Gemm>(static_cast<const T*>(args[d].weight_hh) + first, seq.P, 4 * seq.H,
-                                 hidden.vectors_of(b) * V, seq.P - first,
+                                 hidden.vectors_of(b), seq.P - first,
                                  direction[d].hidden_panels + first * g_padded);
       }
       for (int64_t b = thread; b < units.count(); b += threads) {
         const int64_t first = units.first(b);
         pack_dense_columns<Gemm>(static_cast<const T*>(args[d].weight_hr) + first, seq.H, seq.P,
-                                 units.vectors_of(b) * V, seq.H - first,
+                                 units.vectors_of(b), seq.H - first,
                                  direction[d].projection_panels + first * p_padded);
       }
       const Direction& dir = direction[d];

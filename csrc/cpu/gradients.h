@@ -97,7 +97,7 @@ struct GradientsPass {
       for (int64_t b = thread; b < input_columns.count(); b += threads) {
         const int64_t first = input_columns.first(b);
         pack_dense_columns<Gemm>(static_cast<const T*>(args[d].weight_ih) + first, seq.I, 4 * seq.H,
-                                 input_columns.vectors_of(b) * V, seq.I - first,
+                                 input_columns.vectors_of(b), seq.I - first,
                                  input_panels[d] + first * g_padded);
       }
     for (int d = 0; d < directions; ++d)
@@ -135,7 +135,7 @@ struct GradientsPass {
     buffers.panels = arena.take<Elem>(kChunk * job.blocks.padded());
     buffers.rows = arena.take<Elem>(Gemm::kStepK * job.blocks.padded());
     buffers.strips = arena.take<Elem>(share_of_strips * kStripSize);
-    buffers.step = arena.take<Elem>(share_of_strips * R * Gemm::kStepK);
+    buffers.step = arena.take<Elem>((share_of_strips * R + V) * Gemm::kStepK);
     buffers.sums =
         arena.take<A>(N > kChunk ? share_of_strips * job.blocks.count() * R * kWidth : 0);
     buffers.tile = arena.take<A>(R * kWidth + V);
@@ -221,11 +221,11 @@ struct GradientsPass {
   // One step of K, rows one after another, into every panel of the chunk.
   static void scatter(const ColumnBlocks& blocks, const Elem* rows, int64_t step, int64_t padded,
                       Elem* panels) {
-    constexpr int S = Gemm::kStepK;
     for (int64_t block = 0; block < blocks.count(); ++block) {
-      const int64_t first = blocks.first(block), width = blocks.vectors_of(block) * V;
-      interleave<Gemm>(rows + first, blocks.padded(), S, width,
-                       panels + first * padded + step * width * S, width);
+      const int64_t first = blocks.first(block);
+      const int vectors = blocks.vectors_of(block);
+      pack_step<Gemm>(rows + first, blocks.padded(), Gemm::kStepK, vectors * V, step, vectors,
+                      panels + first * padded);
     }
   }
 

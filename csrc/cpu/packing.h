@@ -19,25 +19,50 @@ FUSED_LSTM_INLINE void copy_row(const T* from, int64_t count, Elem* to, int64_t 
   if (padded > count) memset(to + count, 0, size_t(padded - count) * sizeof(Elem));
 }
 
-// One step of K: `there` (at most kStepK) rows `stride` apart, interleaved, `count` elements each,
-// the rest of `width` zeros. Writes width * kStepK elements.
-template <class Gemm, class T>
-FUSED_LSTM_INLINE void interleave(const T* rows, int64_t stride, int there, int64_t count,
-                                  typename Gemm::Elem* to, int64_t width) {
-  if constexpr (Gemm::kStepK == 1) {
-    copy_row(rows, there ? count : 0, to, width);
-  } else {
-    static_assert(Gemm::kStepK == 2 && sizeof(T) == 2, "pairs of 16-bit numbers");
-    const uint16_t* low = reinterpret_cast<const uint16_t*>(rows);
-    const uint16_t* high = low + stride;
-    uint32_t* pairs = reinterpret_cast<uint32_t*>(to);
-    if (there == 2) {
-      for (int64_t n = 0; n < count; ++n) pairs[n] = low[n] | uint32_t(high[n]) << 16;
-    } else {
-      for (int64_t n = 0; n < count; ++n) pairs[n] = there ? low[n] : 0;
+// 16 pairs of 16-bit numbers, one a column, from two rows `stride` apart: `there` rows and `columns`
+// of them exist, the rest are zeros.
+template <class T>
+FUSED_LSTM_INLINE Vec<float> pairs_of(const T* rows, int64_t stride, int64_t there,
+                                      int64_t columns) {
+  static_assert(sizeof(T) == 2, "pairs of 16-bit numbers");
+  using Half = VecOf<float>::half;
+  constexpr int V = kLanes<float>;
+  Half row[2] = {};
+  for (int i = 0; i < 2; ++i) {
+    if (there <= i) break;
+    if (columns >= V) {
+      row[i] = load_raw<Half>(rows + i * stride);
+    } else if (columns > 0) {
+      memcpy(&row[i], rows + i * stride, size_t(columns) * sizeof(T));
     }
-    memset(pairs + count, 0, size_t(width - count) * sizeof(uint32_t));
   }
+  using Pairs = VecOf<float>::ubits;
+  return (Vec<float>)(__builtin_convertvector(row[0], Pairs) |
+                      __builtin_convertvector(row[1], Pairs) << 16);
+}
+
+// One step of K (`there` rows of at most kStepK exist) of one vector of columns.
+template <class Gemm, class T>
+FUSED_LSTM_INLINE void pack_vector(const T* rows, int64_t stride, int64_t there, int64_t columns,
+                                   typename Gemm::Elem* to) {
+  if constexpr (Gemm::kStepK == 2) {
+    const Vec<float> pairs = pairs_of(rows, stride, there, columns);
+    memcpy(to, &pairs, sizeof pairs);
+  } else if (there > 0 && columns >= kLanes<typename Gemm::A>) {
+    store(to, load(rows));
+  } else {
+    store(to, load_part(rows, there > 0 && columns > 0 ? int(columns) : 0));
+  }
+}
+
+// One step of K of a panel of so many vectors, of which `columns` columns exist.
+template <class Gemm, class T>
+FUSED_LSTM_INLINE void pack_step(const T* rows, int64_t stride, int64_t there, int64_t columns,
+                                 int64_t step, int vectors, typename Gemm::Elem* panel) {
+  constexpr int V = kLanes<typename Gemm::A>;
+  for (int v = 0; v < vectors; ++v)
+    pack_vector<Gemm>(rows + v * V, stride, there, columns - v * V,
+                      panel + Gemm::panel_at(step, v, vectors));
 }
 
 // Packs a panel of `width` columns (whole vectors) whose elements are dense along K: column n is
@@ -69,7 +94,7 @@ static void pack_dense_k(const T* weights, int64_t stride, int64_t K, int width,
       }
       transpose<A>(v);
       for (int64_t i = 0; i < V && k + i < steps; ++i) {
-        typename Gemm::Panel* to = panel + ((k + i) * width + n) * S;
+        typename Gemm::Panel* to = panel + Gemm::panel_at(k + i, n / V, width / V);
         if constexpr (S == 1) {
           store(to, v[i]);
         } else {
@@ -97,65 +122,40 @@ static void add_biases(const void* bias_ih, const void* bias_hh, Column column, 
   }
 }
 
-// Packs a panel of `width` columns, `columns` of them there and the rest zeros, from rows of K
-// `stride` apart.
+// Packs a panel of so many vectors, of which `columns` columns exist, from rows of K `stride` apart.
 template <class Gemm, class T>
-static void pack_dense_columns(const T* weights, int64_t stride, int64_t K, int64_t width,
+static void pack_dense_columns(const T* weights, int64_t stride, int64_t K, int vectors,
                                int64_t columns, typename Gemm::Elem* panel) {
   constexpr int S = Gemm::kStepK;
-  if (columns > width) columns = width;
-  for (int64_t k = 0; k < round_up(K, Gemm::kPadK); k += S, panel += width * S) {
-    const int64_t left = K - k;
-    const int there = left >= S ? S : left > 0 ? int(left) : 0;
-    interleave<Gemm>(weights + k * stride, stride, there, columns, panel, width);
-  }
-}
-
-// 16 columns from 16 pairs of rows `stride` apart, `there` rows of them, to columns `padded` apart,
-// each a line of 32 numbers: the pairs are transposed in registers.
-template <class Elem>
-FUSED_LSTM_INLINE void transpose_pairs(const Elem* rows, int64_t stride, int64_t there,
-                                       int64_t columns, Elem* to, int64_t padded) {
-  using Pairs = VecOf<float>::ubits;
-  constexpr int V = kLanes<float>;
-  const auto row = [&](int64_t k) __attribute__((always_inline)) {
-    VecOf<float>::half numbers{};
-    if (k < there) {
-      if (columns >= V) {
-        numbers = load_raw<VecOf<float>::half>(rows + k * stride);
-      } else if (columns > 0) {
-        memcpy(&numbers, rows + k * stride, size_t(columns) * sizeof(Elem));
-      }
-    }
-    return __builtin_convertvector(numbers, Pairs);
-  };
-  Vec<float> v[V];
-  for (int l = 0; l < V; ++l) v[l] = (Vec<float>)(row(2 * l) | row(2 * l + 1) << 16);
-  transpose<float>(v);
-  for (int l = 0; l < V; ++l) memcpy(to + l * padded, &v[l], sizeof(v[l]));
+  for (int64_t k = 0; k < round_up(K, Gemm::kPadK); k += S)
+    pack_step<Gemm>(weights + k * stride, stride, K - k, columns, k / S, vectors, panel);
 }
 
 // Packs `columns` columns of a dense matrix, rows of K `stride` apart, as strips `strip_size`
-// apart. One step of K at a time for all strips: column by column, the matrix's rows (4 KB and more
-// apart) evict one another from the first-level cache. `step` holds one step of all strips.
+// apart. Some steps of K at a time for all strips: column by column, the matrix's rows (4 KB and
+// more apart) evict one another from the first-level cache. `step` holds one step of all strips and
+// a vector.
 template <class Gemm, class T>
 static void pack_strips(const T* from, int64_t stride, int64_t K, int64_t columns,
                         typename Gemm::Elem* strips, int64_t strip_size,
                         typename Gemm::Elem* step) {
-  constexpr int S = Gemm::kStepK, R = Gemm::kStripRows;
+  constexpr int S = Gemm::kStepK, R = Gemm::kStripRows, V = kLanes<typename Gemm::A>;
   const int64_t padded = round_up(K, Gemm::kPadK), count = (columns + R - 1) / R;
   if constexpr (Gemm::kStripIsTransposed) {
-    constexpr int V = kLanes<float>;
     static_assert(S == 2 && Gemm::kPadK == 2 * V && R % V == 0, "whole squares of pairs");
     for (int64_t k = 0; k < padded; k += 2 * V)
-      for (int64_t c = 0; c < count * R; c += V)
-        transpose_pairs(from + k * stride + c, stride, K - k, columns - c,
-                        strips + c / R * strip_size + c % R * padded + k, padded);
+      for (int64_t c = 0; c < count * R; c += V) {
+        Vec<float> v[V];
+        for (int l = 0; l < V; ++l)
+          v[l] = pairs_of(from + (k + 2 * l) * stride + c, stride, K - k - 2 * l, columns - c);
+        transpose<float>(v);
+        auto* to = strips + c / R * strip_size + c % R * padded + k;
+        for (int l = 0; l < V; ++l) memcpy(to + l * padded, &v[l], sizeof(v[l]));
+      }
   } else {
     for (int64_t k = 0; k < padded; k += S) {
-      const int64_t left = K - k;
-      interleave<Gemm>(from + k * stride, stride, left >= S ? S : int(left), columns, step,
-                       count * R);
+      for (int64_t c = 0; c < count * R; c += V)
+        pack_vector<Gemm>(from + k * stride + c, stride, K - k, columns - c, step + c * S);
       for (int64_t s = 0; s < count; ++s)
         memcpy(strips + s * strip_size + k * R, step + s * R * S,
                sizeof(typename Gemm::Elem) * R * S);

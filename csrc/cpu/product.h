@@ -3,8 +3,8 @@
 //
 //   operand  rows `stride` apart, steps of K `step` apart, of the product's type; zero up to a
 //            multiple of kPadK
-//   panel    [K / kStepK][NV * lanes][kStepK], K padded likewise: the columns of one tile, as they
-//            are read
+//   panel    [K / kStepK][NV][lanes][kStepK], K padded likewise: the columns of one tile, as they
+//            are read (AMX: [K / 32][NV][16][lanes][2]; `panel_at` has either)
 //   init     (MR, NV * lanes) rows `init_stride` apart: what the sums start from (0: the same row
 //            for all)
 //   out      (MR, NV * lanes) of the accumulation type, rows kTileWidth (four vectors) apart
@@ -187,6 +187,11 @@ struct Product {
   static int next_rows(int64_t left, int vectors) { return even_rows(left, max_rows(vectors)); }
   // Called once by each thread after its last product.
   static void end() {}
+
+  // Where in a panel of so many vectors the columns of one of them begin at a step of K.
+  static constexpr int64_t panel_at(int64_t step, int vector, int vectors) {
+    return (step * vectors + vector) * kLanes<A> * kStepK;
+  }
 
   // Columns of a dense matrix as a tile's operand, a strip of max_rows(4) of them at a time
   // (packing.h).

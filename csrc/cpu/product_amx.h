@@ -21,6 +21,7 @@ struct ProductAmx {
   static constexpr int kStepK = 2, kPadK = 32;
   static constexpr int kTile = 16;           // rows of a tile, floats of its row
   static constexpr int64_t kTileBytes = 64;  // bytes of a tile's row
+  static constexpr int64_t kTileSize = kTile * kPadK;
   static constexpr int64_t kOutBytes = kTileWidth<float> * int64_t(sizeof(float));
 
   struct alignas(64) Config {
@@ -31,7 +32,16 @@ struct ProductAmx {
 
   static int max_rows(int) { return 2 * kTile; }
   static int next_rows(int64_t left, int) { return left < 2 * kTile ? int(left) : 2 * kTile; }
-  static void end() { _tile_release(); }
+  static void end() {
+    _tile_release();
+    configured() = 0;
+  }
+
+  // Where in a panel of so many vectors the columns of one of them begin at a step of K: a tile
+  // lies in one piece.
+  static constexpr int64_t panel_at(int64_t step, int vector, int vectors) {
+    return (step / kTile * vectors + vector) * kTileSize + step % kTile * kPadK;
+  }
 
   // As Product's, but each column becomes a row of K.
   static constexpr int kStripRows = 2 * kTile;
@@ -41,6 +51,8 @@ struct ProductAmx {
 
   // Tiles 0..3: sums [row half][column half]; 4, 5: operand rows; 6, 7: panel columns.
   static void configure(int rows) {
+    if (rows == configured()) return;
+    configured() = rows;
     const int first = rows < kTile ? rows : kTile, second = rows > kTile ? rows - kTile : 1;
     Config config = {};
     config.palette = 1;
@@ -49,6 +61,13 @@ struct ProductAmx {
     config.rows[2] = config.rows[3] = config.rows[5] = uint8_t(second);
     config.rows[6] = config.rows[7] = kTile;
     _tile_loadconfig(&config);
+  }
+
+  // How many rows this thread's tiles are configured for: to configure them takes as long as a
+  // tenth of a product of K 96.
+  static int& configured() {
+    static thread_local int rows = 0;
+    return rows;
   }
 
   template <bool two_rows, bool two_columns>
@@ -60,14 +79,13 @@ struct ProductAmx {
     if constexpr (two_columns) _tile_loadd(1, t.init + kTile, init_bytes);
     if constexpr (two_rows) _tile_loadd(2, init_below, init_bytes);
     if constexpr (two_rows && two_columns) _tile_loadd(3, init_below + kTile, init_bytes);
-    const int64_t panel_bytes = vectors * kTileBytes;  // one pair of K for all columns
     const int64_t operand_bytes = t.stride * int64_t(sizeof(Elem));
     const Elem* operand = t.operand;
     const Elem* operand_below = operand + kTile * t.stride;
     const Elem* panel = t.panel;
     for (int64_t pairs = t.steps; pairs > 0; pairs -= kTile) {
-      _tile_loadd(6, panel, panel_bytes);
-      if constexpr (two_columns) _tile_loadd(7, panel + kTile * kStepK, panel_bytes);
+      _tile_loadd(6, panel, kTileBytes);
+      if constexpr (two_columns) _tile_loadd(7, panel + kTileSize, kTileBytes);
       _tile_loadd(4, operand, operand_bytes);
       _tile_dpbf16ps(0, 4, 6);
       if constexpr (two_columns) _tile_dpbf16ps(1, 4, 7);
@@ -78,7 +96,7 @@ struct ProductAmx {
       }
       operand += kPadK;
       operand_below += kPadK;
-      panel += kTile * kStepK * kTile * vectors;
+      panel += vectors * kTileSize;
     }
     _tile_stored(0, t.out, kOutBytes);
     if constexpr (two_columns) _tile_stored(1, t.out + kTile, kOutBytes);
@@ -90,7 +108,7 @@ struct ProductAmx {
     configure(rows);
     for (int v = 0; v < vectors; v += 2) {
       Tile<Elem, A> part = tile;
-      part.panel += v * kTile * kStepK;
+      part.panel += v * kTileSize;
       part.init += v * kTile;
       part.out += v * kTile;
       const bool two_columns = v + 1 < vectors;
