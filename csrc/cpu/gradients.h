@@ -1,6 +1,7 @@
 // The gradients of the input and of the weights, from dgates, after the backward through time:
 //
-//   [dW_ih | dW_hh] = dgates^T [x | h_{t-1}]               (4H, I + P), K runs over all N rows
+//   [dW_ih | dW_hh] = dgates^T [x | h_{t-1}]               (4H, I + P), K runs over all N rows;
+//                                                          computed as its transpose
 //   db = the sum of dgates' rows                           (4H)
 //   dW_hr = grad_projected^T (o tanh(c))                   (P, H)
 //   dx    = dgates W_ih, summed over directions            (N, I)
@@ -8,9 +9,10 @@
 // torch's products would do, but its float GEMM reaches 80 to 93 of this kernel's 220 GFLOP/s a
 // core where MKL meets an AMD processor, and its half GEMM has no vector code at all. Threads split
 // the rows of the result, so no sum is shared and none depends on their number. K is cut into
-// chunks that fit the second-level cache; a chunk's x and h_{t-1} are packed as panels from where
-// they lie (any strides, packed or not, h_0 at the ends). Calls of a few rows go another way:
-// gradients_few.h.
+// chunks that fit the second-level cache; a chunk's x and h_{t-1} are packed as strips, the product's
+// operand, from where they lie (any strides, packed or not, h_0 at the ends), and its dgates, which
+// are more, as panels: those take fewer instructions to pack, and only one is there at a time. Calls
+// of a few rows go another way: gradients_few.h.
 #pragma once
 
 #include "gradients_few.h"
@@ -34,11 +36,12 @@ struct GradientsPass {
   static constexpr int64_t kInputRows =
       96;  // rows of dx at a time: a multiple of every tile's rows
 
-  // One transposed product: `rows` of the result from left's columns, `columns` from right's.
+  // One product of the rows' transposes: right's `columns` meet left's, in blocks of a panel's width.
   struct Job {
     const T* left;
-    int64_t rows;
     ColumnBlocks blocks;
+    int64_t columns;
+    int64_t strips() const { return (columns + R - 1) / R; }
   };
 
   const Gradients* args;
@@ -115,100 +118,122 @@ struct GradientsPass {
   Job job_of(int d, bool projection) const {
     const Gradients& a = args[d];
     if (projection)
-      return {static_cast<const T*>(a.grad_projected), seq.P,
-              ColumnBlocks(a.grad_weight_hr ? seq.H : 0, V, 1)};
-    const int64_t columns = (a.grad_weight_ih ? seq.I : 0) + (a.grad_weight_hh ? seq.P : 0);
-    return {static_cast<const T*>(a.dgates), 4 * seq.H, ColumnBlocks(columns, V, 1)};
+      return {static_cast<const T*>(a.grad_projected), ColumnBlocks(seq.P, V, threads),
+              a.grad_weight_hr ? seq.H : 0};
+    return {static_cast<const T*>(a.dgates), ColumnBlocks(4 * seq.H, V, threads),
+            (a.grad_weight_ih ? seq.I : 0) + (a.grad_weight_hh ? seq.P : 0)};
   }
 
   struct Buffers {
-    Elem *panels, *rows, *strips, *step;
-    A* sums;  // [strip][block][R][kWidth], between chunks
-    A* tile;  // (R, kWidth): sums that are complete
-    A* bias;  // (strips * R)
+    Elem *strips, *rows, *step, *panel;
+    A* sums;  // [block][strips * R][kWidth]: of the blocks that aren't complete
+    A* bias;  // (blocks * kWidth)
   };
 
+  // As wide as whole strips and whole vectors of right are.
+  static int64_t right_stride(const Job& job) { return round_up(job.strips() * R, V); }
+
   Buffers lay_out_job(const Job& job, Arena& arena) const {
-    const int64_t strips = (job.rows + R - 1) / R,
-                  share_of_strips = (strips + threads - 1) / threads;
+    const int64_t blocks = (job.blocks.count() + threads - 1) / threads;
     Buffers buffers;
-    buffers.panels = arena.take<Elem>(kChunk * job.blocks.padded());
-    buffers.rows = arena.take<Elem>(Gemm::kStepK * job.blocks.padded());
-    buffers.strips = arena.take<Elem>(share_of_strips * kStripSize);
-    buffers.step = arena.take<Elem>((share_of_strips * R + V) * Gemm::kStepK);
-    buffers.sums =
-        arena.take<A>(N > kChunk ? share_of_strips * job.blocks.count() * R * kWidth : 0);
-    buffers.tile = arena.take<A>(R * kWidth + V);
-    buffers.bias = arena.take<A>(share_of_strips * R + V);
+    buffers.strips = arena.take<Elem>(job.strips() * kStripSize);
+    buffers.rows = arena.take<Elem>(Gemm::kPadK * right_stride(job));
+    buffers.step = arena.take<Elem>(Gemm::kStepK * right_stride(job));
+    buffers.panel = arena.take<Elem>(kChunk * job.blocks.width());
+    buffers.sums = arena.take<A>((N > kChunk ? blocks : 1) * job.strips() * R * kWidth);
+    buffers.bias = arena.take<A>(blocks * kWidth);
     return buffers;
   }
 
   void weight_gradient(int d, bool projection, int thread, char* own) const {
     const Job job = job_of(d, projection);
-    const bool bias = !projection && args[d].grad_bias;
-    if (job.blocks.columns == 0 && !bias) return;
+    void* const bias = projection ? nullptr : args[d].grad_bias;
+    if (job.columns == 0 && !bias) return;
     Arena arena{own};
     const Buffers buffers = lay_out_job(job, arena);
-    const Range mine = share((job.rows + R - 1) / R, thread, threads);
-    const Range columns = {mine.begin * R, mine.end * R < job.rows ? mine.end * R : job.rows};
-    static const A zeros[kWidth] = {};
-    memset(buffers.bias, 0, size_t((mine.end - mine.begin) * R + V) * sizeof(A));
-    int64_t t = 0, b = 0;  // the row k of the sequence
+    const Range mine = share(job.blocks.count(), thread, threads);
+    memset(buffers.bias, 0, size_t((mine.end - mine.begin) * kWidth) * sizeof(A));
+    Row row{0, 0};
     for (int64_t k = 0; k < N; k += kChunk) {
-      const int64_t count = N - k < kChunk ? N - k : kChunk, padded = round_up(count, Gemm::kPadK);
-      for (int64_t i = 0; i < padded; ++i) {
-        Elem* row = buffers.rows + i % Gemm::kStepK * job.blocks.padded();
-        fill_right(d, projection, job, i < count, t, b, k + i, row);
-        if (i % Gemm::kStepK == Gemm::kStepK - 1)
-          scatter(job.blocks, buffers.rows, i / Gemm::kStepK, padded, buffers.panels);
-        if (i < count && ++b == seq.rows(t)) {
-          b = 0;
-          ++t;
-        }
+      const int64_t count = N - k < kChunk ? N - k : kChunk;
+      pack_right(d, projection, job, k, count, row, buffers);
+      for (int64_t block = mine.begin; block < mine.end; ++block) {
+        const int64_t index = block - mine.begin;
+        A* sums = buffers.sums + (N > kChunk ? index * job.strips() * R * kWidth : 0);
+        add_chunk(job, k, count, block, sums, buffers);
+        if (k + kChunk >= N) emit(args[d], projection, job, block, sums);
+        if (bias) add_rows(job, k, count, block, buffers.bias + index * kWidth);
       }
-      pack_strips<Gemm>(job.left + k * job.rows + columns.begin, job.rows, count,
-                        columns.end - columns.begin, buffers.strips, kStripSize, buffers.step);
-      if (bias) add_rows(job, k, count, columns, buffers.bias);
-      const bool last = k + kChunk >= N;
-      for (int64_t block = 0; block < job.blocks.count(); ++block)
-        for (int64_t s = 0; s < mine.end - mine.begin; ++s) {
-          A* sums = buffers.sums + (s * job.blocks.count() + block) * R * kWidth;
-          Gemm::run(R, job.blocks.vectors_of(block),
-                    {buffers.strips + s * kStripSize, Gemm::strip_stride(count), Gemm::strip_step(),
-                     buffers.panels + job.blocks.first(block) * padded, padded / Gemm::kStepK,
-                     k ? sums : zeros, k ? kWidth : 0, last ? buffers.tile : sums});
-          if (last) emit(args[d], projection, job, (mine.begin + s) * R, block, buffers.tile);
-        }
     }
-    for (int64_t m = columns.begin; bias && m < columns.end; m += V)
-      store_lanes<false>(static_cast<T*>(args[d].grad_bias) + m,
-                         load(buffers.bias + m - columns.begin), lanes_at<A>(m, columns.end));
+    for (int64_t block = mine.begin; bias && block < mine.end; ++block)
+      for (int v = 0; v < job.blocks.vectors_of(block); ++v) {
+        const int64_t m = job.blocks.first(block) + v * V;
+        store_lanes<false>(static_cast<T*>(bias) + m,
+                           load(buffers.bias + (block - mine.begin) * kWidth + v * V),
+                           lanes_at<A>(m, job.blocks.columns));
+      }
   }
 
-  // sums += the sum of `count` of left's rows from k on, within `columns`.
-  void add_rows(const Job& job, int64_t k, int64_t count, const Range& columns, A* sums) const {
-    for (int64_t m = columns.begin; m < columns.end; m += V) {
-      const int lanes = lanes_at<A>(m, columns.end);
-      const T* from = job.left + k * job.rows + m;
+  // A row of the sequence.
+  struct Row {
+    int64_t t, b;
+  };
+
+  // Right's rows k to k + count, the first of which is `row`, as strips; `row` becomes the one
+  // behind them.
+  void pack_right(int d, bool projection, const Job& job, int64_t k, int64_t count, Row& row,
+                  const Buffers& buffers) const {
+    const int64_t stride = right_stride(job), padded = round_up(count, Gemm::kPadK);
+    for (int64_t i = 0; i < padded; ++i) {
+      fill_right(d, projection, i < count, row, k + i, stride,
+                 buffers.rows + i % Gemm::kPadK * stride);
+      if (i < count && ++row.b == seq.rows(row.t)) row = {row.t + 1, 0};
+      if ((i + 1) % Gemm::kPadK == 0)
+        pack_strips<Gemm>(buffers.rows, stride, job.strips(), kStripSize, buffers.step,
+                          buffers.strips + (i + 1 - Gemm::kPadK) * R);
+    }
+  }
+
+  // A block of left's columns over rows k to k + count, on top of `sums`.
+  void add_chunk(const Job& job, int64_t k, int64_t count, int64_t block, A* sums,
+                 const Buffers& buffers) const {
+    static const A zeros[kWidth] = {};
+    const int64_t m = job.blocks.first(block), all = job.blocks.columns;
+    const int vectors = job.blocks.vectors_of(block);
+    pack_dense_columns<Gemm>(job.left + k * all + m, all, count, vectors, all - m, buffers.panel);
+    const int64_t steps = round_up(count, Gemm::kPadK) / Gemm::kStepK;
+    for (int64_t s = 0; s < job.strips(); ++s, sums += R * kWidth)
+      Gemm::run(R, vectors,
+                {buffers.strips + s * kStripSize, Gemm::strip_stride(), Gemm::strip_step(),
+                 buffers.panel, steps, k ? sums : zeros, k ? kWidth : 0, sums});
+  }
+
+  // sums += the sum of left's rows k to k + count, of one block.
+  void add_rows(const Job& job, int64_t k, int64_t count, int64_t block, A* sums) const {
+    const int64_t all = job.blocks.columns;
+    for (int v = 0; v < job.blocks.vectors_of(block); ++v) {
+      const int64_t m = job.blocks.first(block) + v * V;
+      const int lanes = lanes_at<A>(m, all);
+      const T* from = job.left + k * all + m;
       Vec<A> sum{};
       if (lanes == V) {
-        for (int64_t i = 0; i < count; ++i) sum += load(from + i * job.rows);
+        for (int64_t i = 0; i < count; ++i) sum += load(from + i * all);
       } else {
-        for (int64_t i = 0; i < count; ++i) sum += load_part(from + i * job.rows, lanes);
+        for (int64_t i = 0; i < count; ++i) sum += load_part(from + i * all, lanes);
       }
-      store(sums + m - columns.begin, load(sums + m - columns.begin) + sum);
+      store(sums + v * V, load(sums + v * V) + sum);
     }
   }
 
   // Row k of [x | h_{t-1}], or of o tanh(c); zeros behind the last row and the last column.
-  void fill_right(int d, bool projection, const Job& job, bool there, int64_t t, int64_t b,
-                  int64_t k, Elem* row) const {
+  void fill_right(int d, bool projection, bool there, const Row& from, int64_t k, int64_t stride,
+                  Elem* row) const {
     const Gradients& a = args[d];
-    Elem* end = row + job.blocks.padded();
+    Elem* end = row + stride;
     if (there && projection) row = append(static_cast<const T*>(a.hidden) + k * seq.H, seq.H, row);
     if (there && !projection) {
-      if (a.grad_weight_ih) row = append(input_of<T>(a, t, b), seq.I, row);
-      if (a.grad_weight_hh) row = append(hidden_before<T>(a, t, b), seq.P, row);
+      if (a.grad_weight_ih) row = append(input_of<T>(a, from.t, from.b), seq.I, row);
+      if (a.grad_weight_hh) row = append(hidden_before<T>(a, from.t, from.b), seq.P, row);
     }
     memset(row, 0, size_t(end - row) * sizeof(Elem));
   }
@@ -218,31 +243,23 @@ struct GradientsPass {
     return to + count;
   }
 
-  // One step of K, rows one after another, into every panel of the chunk.
-  static void scatter(const ColumnBlocks& blocks, const Elem* rows, int64_t step, int64_t padded,
-                      Elem* panels) {
-    for (int64_t block = 0; block < blocks.count(); ++block) {
-      const int64_t first = blocks.first(block);
-      const int vectors = blocks.vectors_of(block);
-      pack_step<Gemm>(rows + first, blocks.padded(), Gemm::kStepK, vectors * V, step, vectors,
-                      panels + first * padded);
-    }
-  }
-
-  // R rows of one block of the result, from row m on, into the gradients they consist of.
-  void emit(const Gradients& a, bool projection, const Job& job, int64_t m, int64_t block,
-            const A* tile) const {
-    const int64_t first = job.blocks.first(block), end = first + job.blocks.vectors_of(block) * V;
-    int64_t column = 0;  // where the gradient begins
+  // One block's columns, as rows of the gradients that they belong to.
+  void emit(const Gradients& a, bool projection, const Job& job, int64_t block,
+            const A* sums) const {
     const auto take = [&](void* gradient, int64_t count) {
       if (!gradient) return;
-      const int64_t from = first > column ? first : column;
-      const int64_t to = end < column + count ? end : column + count;
-      for (int64_t r = 0; r < R && m + r < job.rows; ++r)
-        for (int64_t n = from; n < to; n += V)
-          store_lanes<false>(static_cast<T*>(gradient) + (m + r) * count + n - column,
-                             load(tile + r * kWidth + n - first), lanes_at<A>(n, to));
-      column += count;
+      for (int v = 0; v < job.blocks.vectors_of(block); ++v)
+        for (int64_t n = 0; n < count; n += V) {
+          Vec<A> square[V] = {};
+          for (int64_t l = 0; l < V && n + l < count; ++l)
+            square[l] = load(sums + (n + l) * kWidth + v * V);
+          transpose<A>(square);
+          const int64_t m = job.blocks.first(block) + v * V;
+          for (int64_t l = 0; l < V && m + l < job.blocks.columns; ++l)
+            store_lanes<false>(static_cast<T*>(gradient) + (m + l) * count + n, square[l],
+                               lanes_at<A>(n, count));
+        }
+      sums += count * kWidth;
     };
     if (projection) return take(a.grad_weight_hr, seq.H);
     take(a.grad_weight_ih, seq.I);

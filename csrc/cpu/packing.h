@@ -131,35 +131,31 @@ static void pack_dense_columns(const T* weights, int64_t stride, int64_t K, int 
     pack_step<Gemm>(weights + k * stride, stride, K - k, columns, k / S, vectors, panel);
 }
 
-// Packs `columns` columns of a dense matrix, rows of K `stride` apart, as strips `strip_size`
-// apart. Some steps of K at a time for all strips: column by column, the matrix's rows (4 KB and
-// more apart) evict one another from the first-level cache. `step` holds one step of all strips and
-// a vector.
-template <class Gemm, class T>
-static void pack_strips(const T* from, int64_t stride, int64_t K, int64_t columns,
-                        typename Gemm::Elem* strips, int64_t strip_size,
-                        typename Gemm::Elem* step) {
+// Packs kPadK rows of K, `stride` apart, as so many strips `strip_size` apart: kPadK of a strip's
+// steps of K. `step` holds a step of all strips.
+template <class Gemm>
+static void pack_strips(const typename Gemm::Elem* rows, int64_t stride, int64_t strips,
+                        int64_t strip_size, typename Gemm::Elem* step, typename Gemm::Elem* to) {
   constexpr int S = Gemm::kStepK, R = Gemm::kStripRows, V = kLanes<typename Gemm::A>;
-  const int64_t padded = round_up(K, Gemm::kPadK), count = (columns + R - 1) / R;
+  constexpr size_t kBytes = sizeof(typename Gemm::Elem);
   if constexpr (Gemm::kStripIsTransposed) {
     static_assert(S == 2 && Gemm::kPadK == 2 * V && R % V == 0, "whole squares of pairs");
-    for (int64_t k = 0; k < padded; k += 2 * V)
-      for (int64_t c = 0; c < count * R; c += V) {
-        Vec<float> v[V];
-        for (int l = 0; l < V; ++l)
-          v[l] = pairs_of(from + (k + 2 * l) * stride + c, stride, K - k - 2 * l, columns - c);
-        transpose<float>(v);
-        auto* to = strips + c / R * strip_size + c % R * padded + k;
-        for (int l = 0; l < V; ++l) memcpy(to + l * padded, &v[l], sizeof(v[l]));
-      }
-  } else {
-    for (int64_t k = 0; k < padded; k += S) {
-      for (int64_t c = 0; c < count * R; c += V)
-        pack_vector<Gemm>(from + k * stride + c, stride, K - k, columns - c, step + c * S);
-      for (int64_t s = 0; s < count; ++s)
-        memcpy(strips + s * strip_size + k * R, step + s * R * S,
-               sizeof(typename Gemm::Elem) * R * S);
+    for (int64_t c = 0; c < strips * R; c += V) {
+      Vec<float> v[V];
+      for (int l = 0; l < V; ++l) v[l] = pairs_of(rows + 2 * l * stride + c, stride, 2, V);
+      transpose<float>(v);
+      memcpy(to + c / R * strip_size + c % R * Gemm::kPadK, v, sizeof(v));
     }
+  } else {
+    static_assert(S == Gemm::kPadK, "one step");
+    if constexpr (S == 1) {
+      step = const_cast<typename Gemm::Elem*>(rows);
+    } else {
+      for (int64_t c = 0; c < strips * R; c += V)
+        pack_vector<Gemm>(rows + c, stride, S, V, step + c * S);
+    }
+    for (int64_t s = 0; s < strips; ++s)
+      memcpy(to + s * strip_size, step + s * R * S, kBytes * R * S);
   }
 }
 

@@ -197,7 +197,7 @@ struct Product {
   // (packing.h).
   static constexpr int kStripRows = kRowsFor<4>;
   static constexpr bool kStripIsTransposed = false;
-  static constexpr int64_t strip_stride(int64_t) { return kStepK; }
+  static constexpr int64_t strip_stride() { return kStepK; }
   static constexpr int64_t strip_step() { return kStripRows * kStepK; }
 
   static void run(int rows, int vectors, const TileOf<Dot>& tile) {

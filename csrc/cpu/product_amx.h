@@ -43,11 +43,11 @@ struct ProductAmx {
     return (step / kTile * vectors + vector) * kTileSize + step % kTile * kPadK;
   }
 
-  // As Product's, but each column becomes a row of K.
+  // As Product's, but each column becomes a row of K, in tiles.
   static constexpr int kStripRows = 2 * kTile;
   static constexpr bool kStripIsTransposed = true;
-  static constexpr int64_t strip_stride(int64_t K) { return round_up(K, kPadK); }
-  static constexpr int64_t strip_step() { return kStepK; }
+  static constexpr int64_t strip_stride() { return kPadK; }
+  static constexpr int64_t strip_step() { return kStripRows * kStepK; }
 
   // Tiles 0..3: sums [row half][column half]; 4, 5: operand rows; 6, 7: panel columns.
   static void configure(int rows) {
@@ -94,8 +94,8 @@ struct ProductAmx {
         _tile_dpbf16ps(2, 5, 6);
         if constexpr (two_columns) _tile_dpbf16ps(3, 5, 7);
       }
-      operand += kPadK;
-      operand_below += kPadK;
+      operand += kTile * t.step;
+      operand_below += kTile * t.step;
       panel += vectors * kTileSize;
     }
     _tile_stored(0, t.out, kOutBytes);
