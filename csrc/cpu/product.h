@@ -12,7 +12,8 @@
 // Every sum runs over K in the same order whatever MR and NV are, so how the work is split over
 // threads never changes a bit of the result: stretches of kStretch steps are summed from zero and
 // added up, which keeps the rounding error of a long K at that of a short one. MR * NV sums fill
-// the registers: 24 of 32, or 12 of 16.
+// the registers: 24 of 32, or 12 of 16, where four vectors of more than three rows are taken two at
+// a time: half as many bytes of the panel for a multiply-add as three rows take.
 #pragma once
 
 #include "vec.h"
@@ -109,7 +110,11 @@ constexpr int kRowsFor = kRegisters == 32 ? (NV == 4   ? 6
                                              : NV == 3 ? 4
                                                        : 6);
 
-template <class Dot, int MR, int NV, bool fetch>
+// Rows of a tile of four vectors.
+constexpr int kTileRows = kRegisters == 32 ? kRowsFor<4> : kRowsFor<2>;
+
+// `width`: vectors of the panel, of which these are some.
+template <class Dot, int MR, int NV, int width, bool fetch>
 static __attribute__((noinline)) void vector_tile(const TileOf<Dot>& tile) {
   using Elem = typename Dot::Elem;
   using Panel = typename Dot::Panel;
@@ -138,7 +143,7 @@ static __attribute__((noinline)) void vector_tile(const TileOf<Dot>& tile) {
         ahead += kLine;
       }
       operand += step;
-      panel += NV * V * Dot::kStepK;
+      panel += width * V * Dot::kStepK;
     }
     left -= Dot::kSteps;
 #pragma GCC unroll 16
@@ -152,14 +157,31 @@ static __attribute__((noinline)) void vector_tile(const TileOf<Dot>& tile) {
   } while (left > 0);
 }
 
-template <class Dot, int NV, int MR = kRowsFor<NV>>
+template <class Dot, int NV, int width = NV, int MR = kRowsFor<NV>>
 FUSED_LSTM_INLINE void vector_rows(int rows, const TileOf<Dot>& tile) {
   if (rows == MR) {
     // A version of its own: two instructions a step of K cost 2 to 5 % where nothing is to fetch.
-    if (NV == kMaxVectors && tile.ahead) return vector_tile<Dot, MR, NV, NV == kMaxVectors>(tile);
-    return vector_tile<Dot, MR, NV, false>(tile);
+    constexpr bool may_fetch = width == kMaxVectors;
+    if (may_fetch && tile.ahead) return vector_tile<Dot, MR, NV, width, may_fetch>(tile);
+    return vector_tile<Dot, MR, NV, width, false>(tile);
   }
-  if constexpr (MR > 1) return vector_rows<Dot, NV, MR - 1>(rows, tile);
+  if constexpr (MR > 1) return vector_rows<Dot, NV, width, MR - 1>(rows, tile);
+}
+
+// Three or four vectors, of more rows than a tile so wide has in two parts: any number of vectors
+// takes kTileRows.
+template <class Dot, int NV>
+FUSED_LSTM_INLINE void wide_rows(int rows, TileOf<Dot> tile) {
+  if (rows <= kRowsFor<NV>) return vector_rows<Dot, NV>(rows, tile);
+  if constexpr (kTileRows > kRowsFor<NV>) {
+    constexpr int two = kLanes<typename Dot::Acc> * 2;
+    vector_rows<Dot, 2, NV>(rows, tile);
+    tile.panel += two * Dot::kStepK;
+    tile.init += two;
+    tile.out += two;
+    tile.ahead = nullptr;
+    vector_rows<Dot, NV - 2, NV>(rows, tile);
+  }
 }
 
 // Rows of the next tile when `left` of them are to be cut into tiles of at most `most`: as even as
@@ -179,7 +201,7 @@ struct Product {
   static constexpr int kStepK = Dot::kStepK, kPadK = Dot::kPadK;
 
   static int max_rows(int vectors) {
-    return vectors == 4   ? kRowsFor<4>
+    return vectors == 4   ? kTileRows
            : vectors == 3 ? kRowsFor<3>
            : vectors == 2 ? kRowsFor<2>
                           : kRowsFor<1>;
@@ -195,7 +217,7 @@ struct Product {
 
   // Columns of a dense matrix as a tile's operand, a strip of max_rows(4) of them at a time
   // (packing.h).
-  static constexpr int kStripRows = kRowsFor<4>;
+  static constexpr int kStripRows = kTileRows;
   static constexpr bool kStripIsTransposed = false;
   static constexpr int64_t strip_stride() { return kStepK; }
   static constexpr int64_t strip_step() { return kStripRows * kStepK; }
@@ -203,9 +225,9 @@ struct Product {
   static void run(int rows, int vectors, const TileOf<Dot>& tile) {
     switch (vectors) {
       case 4:
-        return vector_rows<Dot, 4>(rows, tile);
+        return wide_rows<Dot, 4>(rows, tile);
       case 3:
-        return vector_rows<Dot, 3>(rows, tile);
+        return wide_rows<Dot, 3>(rows, tile);
       case 2:
         return vector_rows<Dot, 2>(rows, tile);
       default:
