@@ -152,6 +152,7 @@ struct BackwardPass {
     const auto goes_on = [&] {
       return meet(barrier, meeting, mine, hidden.count(), cells, units.count());
     };
+    const bool turns = Order::turns(rows.end - rows.begin, sizeof(Elem));
     Step step{};
     const int64_t rounds =
         a.grad_h_0 ? seq.T + 1 : seq.T;  // the last only takes what is left into grad_h_0
@@ -161,8 +162,9 @@ struct BackwardPass {
       step.active = s < seq.T ? seq.rows(step.t) : 0;
       step.continued = s < seq.T ? a.seq.continued(step.t) : 0;
       step.first_cell = step.continued > 0 ? seq.first_row(a.seq.before(step.t)) : 0;
-      for (int64_t block = mine.begin; block < mine.end; ++block)
-        hidden_step(d, block, block + 1 < mine.end ? block + 1 : mine.begin, step, rows, sums);
+      const Order order(mine, turns && s % 2);
+      for (int64_t i = 0; i < order.count(); ++i)
+        hidden_step(d, order[i], order.following(i), step, rows, sums);
       if (seq.projected && s < seq.T) {
         if (!goes_on()) return;
         for (int64_t block = cells.begin; block < cells.end; ++block)
@@ -197,7 +199,8 @@ struct BackwardPass {
                                       : reinterpret_cast<const Elem*>(a.dgates) +
                                             seq.first_row(step.from) * 4 * seq.H;
     const int64_t stride = copy_dgates ? g_stride : 4 * seq.H;
-    NextPanel next_panel(far, dir.hidden_panels + hidden.first(following) * g_padded,
+    NextPanel next_panel(far && following != block,
+                         dir.hidden_panels + hidden.first(following) * g_padded,
                          hidden.vectors_of(following) * V * g_padded * int64_t(sizeof(Elem)));
     for (int64_t r = rows.begin, m; r < end; r += m) {
       m = Gemm::next_rows(end - r, vectors);

@@ -212,6 +212,7 @@ struct ForwardPass {
     const auto goes_on = [&] {
       return meet(barrier, meeting, mine, blocks, projected, projection.count());
     };
+    const bool turns = Order::turns(rows.end - rows.begin, sizeof(Elem));
     int64_t inputs_at = 0;  // where in the chunk this step's rows begin
     for (int64_t s = 0; s < seq.T; ++s) {
       const int64_t t = a.seq.step(s, false);
@@ -230,7 +231,9 @@ struct ForwardPass {
       }
       const int64_t next = s + 1 < seq.T ? seq.rows(a.seq.step(s + 1, false)) : 0;
       const Step step{d, s, t, seq.first_row(t), next, active};
-      for (int64_t block = mine.begin; block < mine.end; ++block) {
+      const Order order(mine, turns && s % 2);
+      for (int64_t i = 0; i < order.count(); ++i) {
+        const int64_t block = order[i];
         const A* inputs = own.inputs;
         if (ahead) {
           inputs = inputs_of_all + (block * chunk_rows + inputs_at) * kWidth;
@@ -240,8 +243,7 @@ struct ForwardPass {
           input_product(d, block, x, copy_input ? x_stride : a.input_stride_b, count_of(active),
                         own.inputs);
         }
-        const int64_t following = block + 1 < mine.end ? block + 1 : mine.begin;
-        hidden_step(step, block, following, inputs, own);
+        hidden_step(step, block, order.following(i), inputs, own);
       }
       inputs_at += count_of(active);
       if (!goes_on()) return;
@@ -318,7 +320,8 @@ struct ForwardPass {
     const int64_t u = block * V;
     const int lanes = lanes_at<A>(u, seq.H);
     const Elem* h = dir.h[step.s % 2];
-    NextPanel next_panel(far, dir.hidden_panels + following * kWidth * h_padded,
+    NextPanel next_panel(far && following != block,
+                         dir.hidden_panels + following * kWidth * h_padded,
                          kWidth * h_padded * int64_t(sizeof(Elem)));
     const Range& active = step.active;
     for (int64_t r = active.begin, m; r < active.end; r += m) {
