@@ -16,8 +16,8 @@ over all results, between ours and nn.LSTM's, relative to its norm), `torch_mib`
 fused_lstm needs less), `published` (others' figures for the same case: milliseconds, and those over
 ours), `gflops` (of ours) and what roofline.py holds them against, `torch_characters_per_s` and
 `fused_characters_per_s` (trained on), another peer by its name (its figures and the ratio of its
-times to ours), and what steps.py says of kernels, losses.py of runs. Documents of older commits
-have more.
+times to ours), `fused_ms_threads` (by their number), and what steps.py says of kernels, losses.py
+of runs. Documents of older commits have more.
 
 A document may add `skipped` (rows that there was no time for), and what gpu.py says.
 """

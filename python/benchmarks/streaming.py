@@ -15,22 +15,16 @@ whatever B is.
 from __future__ import annotations
 
 import functools
-import time
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
-import click
-from click import Choice, FloatRange, IntRange
-
-from benchmarks import report, steppers
-from benchmarks.report import option, significant
-from benchmarks.steppers import OURS, PEERS
+from benchmarks import steppers
+from benchmarks.beside import Times, command, summary
+from benchmarks.report import significant
+from benchmarks.steppers import OURS
 from benchmarks.suites import Case, Row
 from benchmarks.threads import busy
-from benchmarks.timing import side_facts
 from benchmarks.turns import Side, in_turn, sides_of
 
 STEP, BURST, GROWTH, CHARACTER = "step", "burst", "growth", "character"
@@ -49,7 +43,6 @@ CASES = (
     *(Case("text-512", B, 1, steppers.VOCABULARY, 512, passes=(CHARACTER,)) for B in (1, 32)),
 )  # fmt: skip
 BESIDE = ("step-128", "step-512")  # two busy processes, too
-Times = dict[tuple[str, int], list[list[float]]]  # by side and threads: seconds of each round
 
 
 def rows() -> list[Row]:
@@ -104,53 +97,11 @@ def measured(
     return facts
 
 
-def summary(times: Times, ours: str) -> dict[str, Any]:
-    """What a report says of a row's times, of each side with its quicker number of threads."""
-    medians = {key: [median(of) for of in found] for key, found in times.items()}
-    best: dict[str, tuple[str, int]] = {}
-    for key in sorted(times, key=lambda key: median(medians[key])):
-        best.setdefault(key[0], key)
-    facts: dict[str, Any] = {}
-    for side in (ours, *(peer for peer in PEERS if peer in best)):
-        of, key = medians[best[side]], best[side]
-        tenths = quantiles(sum(times[key], []), n=10)
-        told = {"ms": significant(median(of) * 1e3), "ms_90": significant(tenths[-1] * 1e3)}
-        told["threads"] = key[1]
-        facts |= side_facts("fused" if side == ours else side, told, of, medians[best[ours]])
-    return facts
-
-
-@click.command()
-@option("--case", "names", multiple=True, help="Only this case. May be repeated.")
-@option("--peer", "peers", type=Choice(list(PEERS)), multiple=True, help="Only this peer, too.")
-@option("--threads", type=IntRange(1), multiple=True, default=(1, 2), help="To choose from.")
-@option("--rounds", type=IntRange(2), default=15, help="Turns of each side.")
-@option("--seconds", type=FloatRange(0), default=0.1, help="Of a turn; five times that in bursts.")
-@option("--out", "path", type=click.Path(dir_okay=False, path_type=Path), help="JSON to write.")
-@option("--keep", is_flag=True, help="Write JSON to benchmarks/results.")
-def main(
-    names: tuple[str, ...], peers: tuple[str, ...], threads: tuple[int, ...], rounds: int,
-    seconds: float, path: Path | None, keep: bool,
-) -> None:  # fmt: skip
-    """Time a step of FusedLSTM's stream beside its peers; above 1, FusedLSTM is the faster."""
-    there = dict.fromkeys(case.name for case in CASES)
-    for name in set(names) - set(there):
-        raise click.BadParameter(f"{name}: there are {', '.join(there)}.", param_hint="--case")
-    if keep and (names or peers):
-        raise click.UsageError("--keep wants all cases and peers: no --case, --peer.")
-    result = report.Report(report.document("streaming", SUITE, "cpu"), path)
-    wanted = tuple(peer for peer in PEERS if peer in (peers or PEERS))
-    result.document["versions"] |= steppers.versions(wanted)
-    click.echo(report.preamble(result.document))
-    for peer in wanted:
-        if package := steppers.missing(peer):
-            click.echo(f"skipped: {peer}, for {package} isn't installed")
-    wanted = tuple(peer for peer in wanted if not steppers.missing(peer))
-    began = time.monotonic()
-    chosen = [row for row in rows() if row.case.name in (names or there)]
-    result.measure(chosen, lambda row: measured(row, wanted, threads, rounds, seconds))
-    click.echo(f"\n{len(chosen)} rows in {time.monotonic() - began:.0f} s")
-    result.save(keep)
+main = command(
+    SUITE,
+    "Time a step of FusedLSTM's stream beside its peers; above 1, FusedLSTM is the faster.",
+    rows(), steppers.PEERS, 15, measured,
+)  # fmt: skip
 
 
 if __name__ == "__main__":
