@@ -154,7 +154,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<int64_t>(), py::arg("first"))
       .def("paused", &cpu::Contention::paused, py::arg("now"))
       .def("lasts", &cpu::Contention::lasts, py::arg("now"))
-      .def("report", &cpu::Contention::report, py::arg("stalled"), py::arg("now"));
+      .def("report", &cpu::Contention::report, py::arg("stalled"), py::arg("began"),
+           py::arg("now"));
   py::class_<cpu::Pace>(m, "Pace", "Whether brief calls follow one upon the other.")
       .def(py::init<>())
       .def("quick", &cpu::Pace::quick, py::arg("now"));

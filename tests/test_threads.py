@@ -91,33 +91,36 @@ def same(a, b):
 
 
 def test_calls_take_one_thread_after_a_stall() -> None:
-    """For 20 ms, for twice as long each time that the next attempt stalls soon, 2 s at most."""
+    """For 20 ms, for twice as long each time that the next attempt stalls at once, 2 s at most."""
     ms = 1_000_000
     contention = _C.Contention(20 * ms)
     assert not contention.paused(0)
-    contention.report(False, 0)
+    contention.report(False, 0, 0)
     assert not contention.paused(1)
-    contention.report(True, 10 * ms)
+    contention.report(True, 9 * ms, 10 * ms)
     assert contention.paused(29 * ms)
     assert not contention.paused(30 * ms)
     now, pause = 30 * ms, 20 * ms
     for _ in range(12):  # again and again, as soon as it is tried
-        contention.report(True, now)
+        began, now = now, now + 5 * ms
+        contention.report(True, began, now)
         pause = min(2 * pause, 2000 * ms)
         assert contention.paused(now + pause - 1)
         assert not contention.paused(now + pause)
         now += pause
-    now += 100_000 * ms  # after a long time without, a stall is an accident again
-    contention.report(True, now)
-    assert not contention.paused(now + 20 * ms)
+    for _ in range(5):  # once in 100 ms, a stall is an accident, however long a call takes
+        now += 100 * ms
+        contention.report(True, now, now + 500 * ms)
+        now += 520 * ms
+        assert contention.paused(now - 1) and not contention.paused(now)
 
 
 def test_contention_lasts_where_trying_again_stalls() -> None:
     """Until it has gone well for as long as the last pause."""
     contention = _C.Contention(20)
-    contention.report(True, 100)
+    contention.report(True, 99, 100)
     assert contention.paused(119) and not contention.lasts(119)
-    contention.report(True, 120)
+    contention.report(True, 120, 120)
     assert contention.lasts(120) and contention.lasts(199)
     assert not contention.lasts(200)
 

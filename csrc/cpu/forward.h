@@ -21,7 +21,7 @@ namespace fused_lstm::cpu::FUSED_LSTM_ISA {
 
 // Bytes of W_ih above which it is worth reading it less often than at every step.
 constexpr int64_t kFarBytes = 8 * kCacheBytes;
-constexpr int64_t kFarRows = 128;  // of x taken together then
+constexpr int64_t kRowsAhead = 128;  // of x taken together then, or where a step has few
 
 template <class T>
 struct ForwardPass {
@@ -96,9 +96,9 @@ struct ForwardPass {
     const int64_t rows = (seq.B + team.row_groups - 1) / team.row_groups;
     const int64_t all_rows = seq.T * seq.B;
     dense = worth_dense<T, Elem>(all_rows, seq.I + seq.P);
-    chunk_steps = dense ? seq.T : rows < Gemm::max_rows(4) ? kMaxRows / rows : 1;
-    if (4 * seq.H * x_padded * int64_t(sizeof(Elem)) > kFarBytes && 2 * rows <= kFarRows)
-      chunk_steps = kFarRows / rows;
+    const bool far_input = 4 * seq.H * x_padded * int64_t(sizeof(Elem)) > kFarBytes;
+    const bool wants_more = rows < 2 * Gemm::max_rows(4) || (far_input && 2 * rows <= kRowsAhead);
+    chunk_steps = dense ? seq.T : wants_more ? kRowsAhead / rows : 1;
     if (chunk_steps > seq.T) chunk_steps = seq.T;
     chunk_rows = rows * chunk_steps;
     at_once = dense && seq.T == 1;

@@ -132,11 +132,11 @@ int thread_limit(int wanted, const Processors& found) {
 
 std::atomic<bool> impatient{false}, any_pace{false};
 
-void Contention::report(bool stalled, int64_t now) {
+void Contention::report(bool stalled, int64_t began, int64_t now) {
   if (!stalled) return;
   const int64_t last = pause_.load(std::memory_order_relaxed);
-  const bool soon = now - until_.load(std::memory_order_relaxed) < 16 * last;
-  const int64_t pause = soon ? std::min(2 * last, kLongest) : first_;
+  const bool again = last > 0 && began - until_.load(std::memory_order_relaxed) < kWell;
+  const int64_t pause = again ? std::min(2 * last, kLongest) : first_;
   pause_.store(pause, std::memory_order_relaxed);
   until_.store(now + pause, std::memory_order_relaxed);
 }

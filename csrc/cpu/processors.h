@@ -29,8 +29,8 @@ int thread_limit(int wanted, const Processors& found);
 
 // Several threads are worth having only while each has a processor. Where a call lost more time in
 // waiting for one than they save, other programs want the processors: calls of its kind then
-// take one thread for a while, twice as long each time that trying again ends soon in the same way.
-// Results do not depend on it. Any thread may call; a lost update costs a call's time at most.
+// take one thread for a while, twice as long each time that trying again ends at once in the same
+// way. Results do not depend on it. Any thread may call; a lost update costs a call's time at most.
 class Contention {
  public:
   // first: nanoseconds of the first pause.
@@ -43,11 +43,14 @@ class Contention {
     const int64_t pause = pause_.load(std::memory_order_relaxed);
     return pause > first_ && now < until_.load(std::memory_order_relaxed) + pause;
   }
-  // How a call of several threads went.
-  void report(bool stalled, int64_t now);
+  // How a call of several threads went that began at `began`.
+  void report(bool stalled, int64_t began, int64_t now);
 
  private:
   static constexpr int64_t kLongest = 2'000'000'000;  // nanoseconds
+  // After as long without a stall it is an accident: a virtual processor may be taken away for 5 ms
+  // once in a second, and every pause be followed by another within its own length.
+  static constexpr int64_t kWell = 100'000'000;
   const int64_t first_;
   std::atomic<int64_t> until_{0}, pause_{0};
 };

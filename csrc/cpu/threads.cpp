@@ -32,27 +32,28 @@ int64_t nanoseconds() {
 }
 
 Threads::Threads(int64_t products, int wanted)
-    : short_(products < 64'000'000), crew_{1, !impatient.load(std::memory_order_relaxed)} {
+    : began_(nanoseconds()),
+      short_(products < 64'000'000),
+      crew_{1, !impatient.load(std::memory_order_relaxed)} {
   if (wanted > 1 && !declined(products)) crew_.threads = thread_limit(wanted, processors());
 }
 
 bool Threads::declined(int64_t products) const {
   static Pace pace;
-  const int64_t now = nanoseconds();
   const bool too_brief =
-      products < 16'000'000 && !pace.quick(now) && !any_pace.load(std::memory_order_relaxed);
-  return too_brief || (crew_.patient && contention_of(short_).paused(now));
+      products < 16'000'000 && !pace.quick(began_) && !any_pace.load(std::memory_order_relaxed);
+  return too_brief || (crew_.patient && contention_of(short_).paused(began_));
 }
 
 Contention& Threads::contention_of(bool short_ones) {
-  static Contention of_short_calls(20'000'000), of_long_ones(200'000'000);
+  static Contention of_short_calls(20'000'000), of_long_ones(50'000'000);
   return short_ones ? of_short_calls : of_long_ones;
 }
 
 void Threads::report(Waits waits) const {
   if (crew_.threads == 1 || !crew_.patient) return;
   const int64_t now = nanoseconds();
-  contention_of(short_).report(waits == kLost || (short_ && waits == kStalled), now);
+  contention_of(short_).report(waits == kLost || (short_ && waits == kStalled), began_, now);
   if (contention_of(true).lasts(now) || contention_of(false).lasts(now))
     keep_crowd(crew_.threads);
   else

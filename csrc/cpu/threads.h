@@ -34,6 +34,7 @@ class Threads {
   static Contention& contention_of(bool short_ones);
   void report(Waits waits) const;
 
+  int64_t began_;
   bool short_;
   Crew crew_;
 };
