@@ -89,8 +89,10 @@ struct ForwardPass {
     h_stride = round_up(h_padded, line);
     m_stride = round_up(m_padded, line);
     c_stride = blocks * V;
-    const int64_t weights = 4 * seq.H * (x_padded + h_padded);
-    team = Team::choose(threads, directions, seq, seq.B * weights, weights * int64_t(sizeof(Elem)),
+    // Of few rows, x W_ih^T is taken ahead, and W_ih read but once in many steps.
+    const bool few = seq.B < 2 * Gemm::max_rows(4);
+    const int64_t kept = 4 * seq.H * (h_padded + (few ? 0 : x_padded)) * int64_t(sizeof(Elem));
+    team = Team::choose(threads, directions, seq, seq.B * 4 * seq.H * (x_padded + h_padded), kept,
                         round_up(seq.B, Gemm::max_rows(4)) / Gemm::max_rows(4), blocks);
     projection = ColumnBlocks(seq.projected ? seq.P : 0, V, team.unit_groups);
     const int64_t rows = (seq.B + team.row_groups - 1) / team.row_groups;
