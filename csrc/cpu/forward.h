@@ -326,6 +326,8 @@ struct ForwardPass {
                          dir.hidden_panels + following * kWidth * h_padded,
                          kWidth * h_padded * int64_t(sizeof(Elem)));
     const Range& active = step.active;
+    const int64_t lines_a_row =
+        Gemm::kFetches || active.empty() ? 0 : next_panel.lines() / count_of(active) + 1;
     for (int64_t r = active.begin, m; r < active.end; r += m) {
       m = Gemm::next_rows(active.end - r, 4);
       const int64_t row = r - active.begin;
@@ -337,22 +339,25 @@ struct ForwardPass {
       } else {
         product(step.d, block, true,
                 {m, h + r * h_stride, h_stride, inputs + row * kWidth, kWidth, own.sums},
-                next_panel.part(h_padded / Gemm::kStepK));
+                Gemm::kFetches ? next_panel.part(h_padded / Gemm::kStepK) : nullptr);
       }
+      const auto fetch = [&]() __attribute__((always_inline)) { next_panel.fetch(lines_a_row); };
       if (lanes == V) {
-        cells<true>(step, r, int(m), u, lanes, own.sums);
+        cells<true>(step, r, int(m), u, lanes, own.sums, fetch);
       } else {
-        cells<false>(step, r, int(m), u, lanes, own.sums);
+        cells<false>(step, r, int(m), u, lanes, own.sums, fetch);
       }
     }
   }
 
   // Gates, cells and hidden states of rows b to b + rows, units u to u + lanes.
-  template <bool whole>
-  void cells(const Step& step, int64_t b, int rows, int64_t u, int lanes, A* sums) const {
+  template <bool whole, class Fetch>
+  void cells(const Step& step, int64_t b, int rows, int64_t u, int lanes, A* sums,
+             const Fetch& fetch) const {
     const Forward& a = args[step.d];
     const Direction& dir = direction[step.d];
     const auto save = [&](int r, const Vec<A>* gate, Vec<A> c) __attribute__((always_inline)) {
+      if constexpr (!Gemm::kFetches) fetch();
       if (!a.gates) return;
       const int64_t row = step.first + b + r;
       T* gates = static_cast<T*>(a.gates) + row * 4 * seq.H + u;

@@ -219,6 +219,7 @@ struct Product {
     if (vectors == 4 && left < kRowsFor<2>) return int(left);
     return even_rows(left, max_rows(vectors));
   }
+  static constexpr bool kFetches = true;  // a tile fetches what it is told, four vectors wide
   // Called once by each thread after its last product.
   static void end() {}
 

@@ -30,6 +30,7 @@ struct ProductAmx {
     uint8_t rows[16];
   };
 
+  static constexpr bool kFetches = false;
   static int max_rows(int) { return 2 * kTile; }
   static int next_rows(int64_t left, int) { return left < 2 * kTile ? int(left) : 2 * kTile; }
   static void end() {
