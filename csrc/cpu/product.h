@@ -116,7 +116,8 @@ constexpr int kRowsFor = kRegisters == 32 ? (NV == 4   ? 6
 template <class Column>
 FUSED_LSTM_INLINE void in_register(Column& column) {
 #if defined(__x86_64__)
-  if constexpr (sizeof(Column) == kVectorBytes) asm("" : "+v"(column));
+  if constexpr (std::is_same_v<Column, Vec<float>> || std::is_same_v<Column, Vec<double>>)
+    asm("" : "+v"(column));
 #endif
 }
 
