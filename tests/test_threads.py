@@ -252,6 +252,31 @@ def test_one_thread_that_takes_over_gives_the_same_bits(
         assert torch.equal(taken_over[name], tensor), name
 
 
+LEAVES = """
+import torch
+from fused_lstm import FusedLSTM, _C
+lstm = FusedLSTM(512, 512, batch_first=False).bfloat16().requires_grad_(False)
+x, square = torch.randn(9, 32, 512).bfloat16(), torch.randn(1024, 1024).bfloat16()
+torch.set_num_threads(1)
+expected = lstm(x)[0]
+torch.set_num_threads(2)
+_C.set_any_pace(True)
+for _ in range(3):
+    _C.set_patient(False)
+    stream = lstm.stream(32)
+    for step in x: stream(step)
+    _C.set_patient(True)
+    square @ square
+    for _ in range(3): print(torch.equal(lstm(x)[0], expected), end=" ")
+"""
+
+
+def test_a_thread_that_leaves_a_pass_early_leaves_nothing_behind() -> None:
+    """AMX's tiles keep their configuration from product to product, and others change it."""
+    found = run_python("-c", LEAVES)
+    assert found.stdout == 9 * "True ", found.stderr
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 def test_no_more_threads_than_processors() -> None:
     code = WORK.format(threads=16, any_pace=True) + (

@@ -100,7 +100,6 @@ struct BackwardPass {
     barriers[0].wait(team.threads());
     for (int d = place.direction; d < directions; d += team.directions)
       run_direction(d, place, sums);
-    Gemm::end();
   }
 
   void prepare(int thread) const {

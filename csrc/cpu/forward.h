@@ -154,7 +154,6 @@ struct ForwardPass {
     barriers[0].wait(team.threads());
     for (int d = place.direction; d < directions; d += team.directions)
       run_direction(d, place, own);
-    Gemm::end();
   }
 
   // Weights into panels, initial states into place: shared out among all threads.

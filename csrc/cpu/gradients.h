@@ -110,7 +110,6 @@ struct GradientsPass {
       barriers[0].wait(threads);
       input_gradient(thread, own);
     }
-    Gemm::end();
   }
 
   FewRowsGradients<T> few_rows() const { return {args, seq, directions, threads, N}; }

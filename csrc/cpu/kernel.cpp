@@ -58,7 +58,11 @@ static Waits run(const Args* args, int directions, Crew crew, void* workspace) {
   for (int n = crew.threads;; n = 1) {
     Pass pass(args, directions, n);
     pass.lay_out(workspace);
-    const auto run = [](const void* of, int thread) { static_cast<const Pass*>(of)->run(thread); };
+    // A thread may leave a pass early, where another goes on alone.
+    const auto run = [](const void* of, int thread) {
+      static_cast<const Pass*>(of)->run(thread);
+      Pass::Gemm::end();
+    };
     const AnyPass any{&pass, run, pass.barriers, pass.group_products(), pass.team_size()};
     if (run_pass(any, n, crew.patient, waits) || n == 1) return waits;
   }

@@ -221,7 +221,7 @@ struct Product {
     return even_rows(left, max_rows(vectors));
   }
   static constexpr bool kFetches = true;  // a tile fetches what it is told, four vectors wide
-  // Called once by each thread after its last product.
+  // Called once by each thread of a pass, at its end (kernel.cpp).
   static void end() {}
 
   // Where in a panel of so many vectors the columns of one of them begin at a step of K.

@@ -19,8 +19,9 @@ static __attribute__((noinline)) void update_in_place(int rows, A* sums, A* c, i
       [&](int r, Vec<A> h) { store(sums + r * kTileWidth<A>, h); });
 }
 
-template <class T, class Gemm>
-struct StreamPass : StreamLayout<T, Gemm> {
+template <class T, class Gemm_>
+struct StreamPass : StreamLayout<T, Gemm_> {
+  using Gemm = Gemm_;
   using Layout = StreamLayout<T, Gemm>;
   using Layout::blocks;
   using Layout::call;
@@ -142,7 +143,6 @@ struct StreamPass : StreamLayout<T, Gemm> {
       if (!goes_on()) return;
       if (*ended) break;
     }
-    Gemm::end();
   }
 
   // The others read it after they have met.
