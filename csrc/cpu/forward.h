@@ -90,8 +90,8 @@ struct ForwardPass {
     m_stride = round_up(m_padded, line);
     c_stride = blocks * V;
     // Of few rows, x W_ih^T is taken ahead, and W_ih read but once in many steps.
-    const bool few = seq.B < 2 * Gemm::max_rows(4);
-    const int64_t kept = 4 * seq.H * (h_padded + (few ? 0 : x_padded)) * int64_t(sizeof(Elem));
+    const int64_t kept =
+        4 * seq.H * (h_padded + (is_few(seq.B) ? 0 : x_padded)) * int64_t(sizeof(Elem));
     team = Team::choose(threads, directions, seq, seq.B * 4 * seq.H * (x_padded + h_padded), kept,
                         round_up(seq.B, Gemm::max_rows(4)) / Gemm::max_rows(4), blocks);
     projection = ColumnBlocks(seq.projected ? seq.P : 0, V, team.unit_groups);
@@ -99,7 +99,7 @@ struct ForwardPass {
     const int64_t all_rows = seq.T * seq.B;
     dense = worth_dense<T, Elem>(all_rows, seq.I + seq.P);
     const bool far_input = 4 * seq.H * x_padded * int64_t(sizeof(Elem)) > kFarBytes;
-    const bool wants_more = rows < 2 * Gemm::max_rows(4) || (far_input && 2 * rows <= kRowsAhead);
+    const bool wants_more = is_few(rows) || (far_input && 2 * rows <= kRowsAhead);
     chunk_steps = dense ? seq.T : wants_more ? kRowsAhead / rows : 1;
     if (chunk_steps > seq.T) chunk_steps = seq.T;
     chunk_rows = rows * chunk_steps;
@@ -108,6 +108,9 @@ struct ForwardPass {
     far = !dense && 4 * seq.H * h_padded * int64_t(sizeof(Elem)) > kNearBytes * team.unit_groups;
     copy_input = dense || ahead || !kAsStored || x_padded != seq.I;
   }
+
+  // Rows of a step so few that a panel of W_ih serves too little.
+  static bool is_few(int64_t rows) { return rows < 2 * Gemm::max_rows(4); }
 
   int64_t lay_out(void* workspace) {
     Arena arena{static_cast<char*>(workspace)};

@@ -9,10 +9,10 @@
 // torch's products would do, but its float GEMM reaches 80 to 93 of this kernel's 220 GFLOP/s a
 // core where MKL meets an AMD processor, and its half GEMM has no vector code at all. Threads split
 // the rows of the result, so no sum is shared and none depends on their number. K is cut into
-// chunks that fit the second-level cache; a chunk's x and h_{t-1} are packed as strips, the product's
-// operand, from where they lie (any strides, packed or not, h_0 at the ends), and its dgates, which
-// are more, as panels: those take fewer instructions to pack, and only one is there at a time. Calls
-// of a few rows go another way: gradients_few.h.
+// chunks that fit the second-level cache; a chunk's x and h_{t-1} are packed as strips, the
+// product's operand, from where they lie (any strides, packed or not, h_0 at the ends), and its
+// dgates, which are more, as panels: those take fewer instructions to pack, and only one is there
+// at a time. Calls of a few rows go another way: gradients_few.h.
 #pragma once
 
 #include "gradients_few.h"
@@ -36,7 +36,8 @@ struct GradientsPass {
   static constexpr int64_t kInputRows =
       96;  // rows of dx at a time: a multiple of every tile's rows
 
-  // One product of the rows' transposes: right's `columns` meet left's, in blocks of a panel's width.
+  // One product of the rows' transposes: right's `columns` meet left's, which are in blocks of a
+  // panel's width.
   struct Job {
     const T* left;
     ColumnBlocks blocks;

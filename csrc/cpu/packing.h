@@ -19,8 +19,8 @@ FUSED_LSTM_INLINE void copy_row(const T* from, int64_t count, Elem* to, int64_t 
   if (padded > count) memset(to + count, 0, size_t(padded - count) * sizeof(Elem));
 }
 
-// 16 pairs of 16-bit numbers, one a column, from two rows `stride` apart: `there` rows and `columns`
-// of them exist, the rest are zeros.
+// 16 pairs of 16-bit numbers, one a column, from two rows `stride` apart: `there` rows and
+// `columns` of them exist, the rest are zeros.
 template <class T>
 FUSED_LSTM_INLINE Vec<float> pairs_of(const T* rows, int64_t stride, int64_t there,
                                       int64_t columns) {
@@ -53,16 +53,6 @@ FUSED_LSTM_INLINE void pack_vector(const T* rows, int64_t stride, int64_t there,
   } else {
     store(to, load_part(rows, there > 0 && columns > 0 ? int(columns) : 0));
   }
-}
-
-// One step of K of a panel of so many vectors, of which `columns` columns exist.
-template <class Gemm, class T>
-FUSED_LSTM_INLINE void pack_step(const T* rows, int64_t stride, int64_t there, int64_t columns,
-                                 int64_t step, int vectors, typename Gemm::Elem* panel) {
-  constexpr int V = kLanes<typename Gemm::A>;
-  for (int v = 0; v < vectors; ++v)
-    pack_vector<Gemm>(rows + v * V, stride, there, columns - v * V,
-                      panel + Gemm::panel_at(step, v, vectors));
 }
 
 // Packs a panel of `width` columns (whole vectors) whose elements are dense along K: column n is
@@ -122,13 +112,16 @@ static void add_biases(const void* bias_ih, const void* bias_hh, Column column, 
   }
 }
 
-// Packs a panel of so many vectors, of which `columns` columns exist, from rows of K `stride` apart.
+// Packs a panel of so many vectors, of which `columns` columns exist, from rows of K `stride`
+// apart.
 template <class Gemm, class T>
 static void pack_dense_columns(const T* weights, int64_t stride, int64_t K, int vectors,
                                int64_t columns, typename Gemm::Elem* panel) {
-  constexpr int S = Gemm::kStepK;
+  constexpr int S = Gemm::kStepK, V = kLanes<typename Gemm::A>;
   for (int64_t k = 0; k < round_up(K, Gemm::kPadK); k += S)
-    pack_step<Gemm>(weights + k * stride, stride, K - k, columns, k / S, vectors, panel);
+    for (int v = 0; v < vectors; ++v)
+      pack_vector<Gemm>(weights + k * stride + v * V, stride, K - k, columns - v * V,
+                        panel + Gemm::panel_at(k / S, v, vectors));
 }
 
 // Packs kPadK rows of K, `stride` apart, as so many strips `strip_size` apart: kPadK of a strip's
@@ -148,14 +141,14 @@ static void pack_strips(const typename Gemm::Elem* rows, int64_t stride, int64_t
     }
   } else {
     static_assert(S == Gemm::kPadK, "one step");
-    if constexpr (S == 1) {
-      step = const_cast<typename Gemm::Elem*>(rows);
-    } else {
+    const typename Gemm::Elem* packed = rows;
+    if constexpr (S > 1) {
       for (int64_t c = 0; c < strips * R; c += V)
         pack_vector<Gemm>(rows + c, stride, S, V, step + c * S);
+      packed = step;
     }
     for (int64_t s = 0; s < strips; ++s)
-      memcpy(to + s * strip_size, step + s * R * S, kBytes * R * S);
+      memcpy(to + s * strip_size, packed + s * R * S, kBytes * R * S);
   }
 }
 

@@ -12,8 +12,8 @@
 // Every sum runs over K in the same order whatever MR and NV are, so how the work is split over
 // threads never changes a bit of the result: stretches of kStretch steps are summed from zero and
 // added up, which keeps the rounding error of a long K at that of a short one. MR * NV sums fill
-// the registers: 24 of 32, or 12 of 16. Four vectors of more rows than that are taken two at a time,
-// for half as many bytes of the panel a multiply-add.
+// the registers: 24 of 32, or 12 of 16. Four vectors of more rows than that are taken two at a
+// time, for half as many bytes of the panel a multiply-add.
 #pragma once
 
 #include "vec.h"
@@ -168,7 +168,8 @@ static __attribute__((noinline)) void vector_tile(const TileOf<Dot>& tile) {
   } while (left > 0);
 }
 
-template <class Dot, int NV, int width = NV, int MR = kRowsFor<NV>>
+// From `least` rows on.
+template <class Dot, int NV, int width = NV, int least = 1, int MR = kRowsFor<NV>>
 FUSED_LSTM_INLINE void vector_rows(int rows, const TileOf<Dot>& tile) {
   if (rows == MR) {
     // A version of its own: two instructions a step of K cost 2 to 5 % where nothing is to fetch.
@@ -176,20 +177,25 @@ FUSED_LSTM_INLINE void vector_rows(int rows, const TileOf<Dot>& tile) {
     if (may_fetch && tile.ahead) return vector_tile<Dot, MR, NV, width, may_fetch>(tile);
     return vector_tile<Dot, MR, NV, width, false>(tile);
   }
-  if constexpr (MR > 1) return vector_rows<Dot, NV, width, MR - 1>(rows, tile);
+  if constexpr (MR > least) return vector_rows<Dot, NV, width, least, MR - 1>(rows, tile);
 }
+
+// Rows of a strip (packing.h), for which there is a tile of any number of vectors.
+constexpr int kStripOf = 6;
 
 // Three or four vectors; of more rows than a tile so wide has, in two parts.
 template <class Dot, int NV>
 FUSED_LSTM_INLINE void wide_rows(int rows, TileOf<Dot> tile) {
-  if (rows <= kRowsFor<NV>) return vector_rows<Dot, NV>(rows, tile);
-  constexpr int two = kLanes<typename Dot::Acc> * 2;
-  vector_rows<Dot, 2, NV>(rows, tile);
-  tile.panel += two * Dot::kStepK;
-  tile.init += two;
-  tile.out += two;
-  tile.ahead = nullptr;
-  vector_rows<Dot, NV - 2, NV>(rows, tile);
+  constexpr int whole = kRowsFor<NV>, two = kLanes<typename Dot::Acc> * 2;
+  if (rows <= whole) return vector_rows<Dot, NV>(rows, tile);
+  if constexpr (NV == 4 || kStripOf > whole) {
+    vector_rows<Dot, 2, NV, whole + 1>(rows, tile);
+    tile.panel += two * Dot::kStepK;
+    tile.init += two;
+    tile.out += two;
+    tile.ahead = nullptr;
+    vector_rows<Dot, NV - 2, NV, whole + 1>(rows, tile);
+  }
 }
 
 // Rows of the next tile when `left` of them are to be cut into tiles of at most `most`: as even as
@@ -231,7 +237,7 @@ struct Product {
 
   // Columns of a dense matrix as a tile's operand, a strip of max_rows(4) of them at a time
   // (packing.h).
-  static constexpr int kStripRows = 6;
+  static constexpr int kStripRows = kStripOf;
   static constexpr bool kStripIsTransposed = false;
   static constexpr int64_t strip_stride() { return kStepK; }
   static constexpr int64_t strip_step() { return kStripRows * kStepK; }

@@ -54,9 +54,9 @@ FUSED_LSTM_INLINE Range share(int64_t count, int64_t index, int64_t parts) {
   return {count * index / parts, count * (index + 1) / parts};
 }
 
-// The order in which a step takes its blocks: there, and with few rows back in every other step, for
-// what a cache has kept of weights larger than it is what was read last. With many rows the next
-// block is fetched in time whatever the order, and ascending addresses are 7 % faster.
+// The order in which a step takes its blocks: there, and with few rows back in every other step,
+// for what a cache has kept of weights larger than it is what was read last. With many rows the
+// next block is fetched in time whatever the order, and ascending addresses are 7 % faster.
 class Order {
  public:
   Order(const Range& blocks, bool back) : blocks_(blocks), back_(back) {}
@@ -64,7 +64,7 @@ class Order {
 
   int64_t count() const { return blocks_.end - blocks_.begin; }
   int64_t operator[](int64_t i) const { return back_ ? blocks_.end - 1 - i : blocks_.begin + i; }
-  // The block behind the i-th; the last one itself, with which the next step begins or nothing does.
+  // The block behind the i-th; the last one itself, with which the next step begins where it turns.
   int64_t following(int64_t i) const { return (*this)[i + 1 < count() ? i + 1 : i]; }
 
  private:
@@ -227,9 +227,10 @@ struct Arena {
   }
 };
 
-// The panel that a thread reads next in a step, brought to its second-level cache line by line while it works
-// on the rows of the panel before, which the first of them has brought there. Only for weights that
-// are beyond that cache: B 20 H 1150 forward in float 81 to 65 ms, B 32 H 512 29 to 26.
+// The panel that a thread reads next in a step, brought to its second-level cache line by line
+// while it works on the rows of the panel before, which the first of them has brought there. Only
+// for weights that are beyond that cache: B 20 H 1150 forward in float 81 to 65 ms, B 32 H 512 29
+// to 26.
 class NextPanel {
  public:
   NextPanel(bool far, const void* panel, int64_t bytes)

@@ -32,7 +32,7 @@ int64_t nanoseconds() {
 }
 
 Threads::Threads(int64_t products, int wanted)
-    : began_(nanoseconds()),
+    : began_(wanted > 1 ? nanoseconds() : 0),
       short_(products < 64'000'000),
       crew_{1, !impatient.load(std::memory_order_relaxed)} {
   if (wanted > 1 && !declined(products)) crew_.threads = thread_limit(wanted, processors());
