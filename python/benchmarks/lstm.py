@@ -56,10 +56,8 @@ def main(
     **times: Any,
 ) -> None:  # fmt: skip
     """Time FusedLSTM beside nn.LSTM; a ratio above 1 means that FusedLSTM is the faster."""
-    if keep and (names or dtypes or backends or minutes < math.inf):
-        raise click.UsageError(
-            "--keep wants a whole suite: no --case, --dtype, --backend, --minutes."
-        )
+    if keep and (names or backends or minutes < math.inf):
+        raise click.UsageError("--keep wants a whole suite: no --case, --backend, --minutes.")
     for missing, why in machine.unavailable(backends).items():
         raise click.BadParameter(f"{missing}: {why}", param_hint="--backend")
     if device == "cuda" and not torch.cuda.is_available():
@@ -80,7 +78,8 @@ def main(
     if resume and path and path.exists():
         result = report.Report(json.loads(path.read_text()), path)
     else:
-        result = report.Report(report.document("lstm", suite, device), path)
+        asked = {"dtypes": dtypes} if dtypes else {}
+        result = report.Report(report.document("lstm", suite, device) | asked, path)
         click.echo(report.preamble(result.document))
     found = result.document["rows"]
 

@@ -19,7 +19,8 @@ ours), `gflops` (of ours) and what roofline.py holds them against, `torch_charac
 times to ours), `fused_ms_threads` (by their number), and what steps.py says of kernels, losses.py
 of runs. Documents of older commits have more.
 
-A document may add `skipped` (rows that there was no time for), and what gpu.py says.
+A document may add `dtypes` (those that were asked for, not the suite's own), `skipped` (rows that
+there was no time for), and what gpu.py says.
 """
 
 from __future__ import annotations
