@@ -79,9 +79,6 @@ int thread_limit(int wanted, int affinity, double quota, int cap, bool forked) {
   return cpu::thread_limit(wanted, {affinity, quota, cap, forked});
 }
 
-#ifdef FUSED_LSTM_HAVE_CUDA
-namespace cuda = fused_lstm::cuda;
-
 int position(const std::string& name, const std::vector<std::string>& names) {
   for (size_t index = 0; index < names.size(); ++index) {
     if (name == names[index]) {
@@ -94,6 +91,16 @@ int position(const std::string& name, const std::vector<std::string>& names) {
   }
   throw py::value_error("'" + name + "' is none of:" + expected);
 }
+
+bool cpu_wavefront(const std::string& dtype, int T, int B, int I, int H, int P, int layers,
+                   int threads) {
+  const auto of = fused_lstm::Dtype(position(dtype, {"float32", "float64", "bfloat16", "float16"}));
+  const fused_lstm::Sequence first = {T, B, I, H, P, nullptr, nullptr, false, P != H};
+  return cpu::active_kernel(of).wavefront_pays(first, layers, threads);
+}
+
+#ifdef FUSED_LSTM_HAVE_CUDA
+namespace cuda = fused_lstm::cuda;
 
 // multiprocessors, shared memory of a block in bytes, compute capability
 using Properties = std::tuple<int, int, int, int>;
@@ -127,6 +134,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("force_cpu_isa", &force_cpu_isa, py::arg("name").none(true),
         "Serve calls with the kernels of one instruction set; None returns to the best supported.\n"
         "Raises ValueError for one that was not built or that this processor can't run.");
+  m.def("cpu_wavefront", &cpu_wavefront, py::arg("dtype"), py::arg("T"), py::arg("B"), py::arg("I"),
+        py::arg("H"), py::arg("P"), py::arg("layers"), py::arg("threads"),
+        "Whether so many threads take the layers of a stack, one direction, at once where nothing "
+        "is to be recorded.\n"
+        "dtype: float32, float64, bfloat16, float16. Raises ValueError for other words.");
   m.def("processors", &processors,
         "What limits the threads of a call: a dict with affinity (processors that this thread may "
         "run on), quota (of time, in processors; 0: none), cap (FUSED_LSTM_THREADS; 0: not set), "

@@ -174,6 +174,12 @@ struct LayerGradients {
   }
 };
 
+// Buffers are plain memory to what runs below: no autograd, no casting.
+struct BelowAutograd {
+  at::AutoDispatchBelowADInplaceOrView below;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+};
+
 template <Results (*forward)(const ForwardCall&), LayerGradients (*backward)(const BackwardCall&)>
 class Operators {
  public:
@@ -185,12 +191,6 @@ class Operators {
   }
 
  private:
-  // Buffers are plain memory to what runs below: no autograd, no casting.
-  struct BelowAutograd {
-    at::AutoDispatchBelowADInplaceOrView below;
-    c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
-  };
-
   // An operator's kernel, with the arguments of its signature.
   template <bool save, class Signature>
   struct ForwardKernel;

@@ -7,4 +7,5 @@
 
 TORCH_LIBRARY(fused_lstm, m) {
   for (const std::string& schema : fused_lstm::schemas()) m.def(schema.c_str());
+  m.def(fused_lstm::kStackSchema.c_str());
 }

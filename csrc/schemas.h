@@ -34,6 +34,11 @@ using BackwardSignature = GradientTuple(const Optional&, const Optional&, const 
 inline const std::string kLayerArguments =
     "Tensor input, Tensor? batch_sizes, Tensor h_0, Tensor c_0, Tensor[] weights";
 
+// Of the first layer's input, and of all layers: states (L*D, B, ...), weights one layer after the
+// other. Backends may do without: Python then calls lstm_inference for each.
+inline const std::string kStackSchema = "lstm_stack_inference(" + kLayerArguments +
+                                        ", int layers) -> (Tensor output, Tensor h_n, Tensor c_n)";
+
 inline std::string forward_schema(const std::string& name, const std::string& saved) {
   return name + "(" + kLayerArguments + ") -> (Tensor output, Tensor h_n, Tensor c_n" + saved + ")";
 }

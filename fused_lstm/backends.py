@@ -173,8 +173,13 @@ class Backends:
         return "\n".join(line.rstrip() for line in lines)
 
 
+def thread_limit() -> int:
+    """How many threads a large call on the CPU takes."""
+    return _C.thread_limit(torch.get_num_threads(), **_C.processors())
+
+
 def threads() -> str:
-    """How many threads a large call on the CPU takes, and what limits them."""
+    """The same, and what limits them."""
     wanted, facts = torch.get_num_threads(), _C.processors()
     words = [f"torch has {wanted}", f"processors {facts['affinity']}"]
     if facts["quota"]:
@@ -183,7 +188,7 @@ def threads() -> str:
         words.append(f"FUSED_LSTM_THREADS {facts['cap']}")
     if facts["forked"]:
         words.append("a forked child takes one")
-    return f"{_C.thread_limit(wanted, **facts)} of torch's: {', '.join(words)}"
+    return f"{thread_limit()} of torch's: {', '.join(words)}"
 
 
 def backends() -> Backends:

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _C, cuda
-from .backends import NAMES, Backend, choose, forced, refusal, threads
-from .functional import Call, Refusal, States, is_recorded, transform
+from .backends import NAMES, Backend, choose, forced, refusal, thread_limit, threads
+from .functional import Call, Refusal, States, is_recorded, is_stack, transform
 from .module import FusedLSTM
 
 STOCK = "torch.nn.LSTM"
@@ -172,10 +172,21 @@ def _plan(backend: str, pass_: str, call: Call) -> str:
     if call.batch == 0:
         return "nothing runs: there are no sequences"
     if backend == "cpu":
-        return f"kernels of {_C.cpu_isa()}"
+        return f"kernels of {_C.cpu_isa()}{', layers at once' * layers_at_once(call)}"
     if device.type != "cpu" and not torch.get_device_module(device).is_available():
         return "nothing runs: no GPU is visible"
     return _cuda_plan(pass_, call) if backend == "cuda" else _triton_plan(pass_, call)
+
+
+def layers_at_once(call: Call) -> bool:
+    """Whether threads of the CPU are at different layers, csrc/cpu/wavefront.h."""
+    options, batch = call.options, call.batch
+    sizes = (_steps(call), batch, options.input_size, options.hidden_size, call.h_size)
+    return (
+        is_stack(call)
+        and call.directions == 1
+        and _C.cpu_wavefront(_name(call.dtype), *sizes, options.num_layers, thread_limit())
+    )
 
 
 def _cuda_plan(pass_: str, call: Call) -> str:

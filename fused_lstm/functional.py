@@ -6,6 +6,7 @@ to answer. `compute` does the rest: layers, dropout between them, what their res
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +15,7 @@ from torch.autograd import forward_ad
 
 from .autocast import Dtypes, dtypes_of_stock
 from .backends import KERNEL_DTYPES, choose
-from .ops import OPERATORS, RECORDED, transform_under_way
+from .ops import OPERATORS, RECORDED, lstm_stack_inference, transform_under_way
 from .reference import lstm_layer
 
 _any_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -130,13 +131,13 @@ def compute(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         RuntimeError: a backend is forced that can't serve the call.
     """
-    layer = _layer_function(call)
+    layers = _layers_function(call)
     if call.results is None:
-        output, h_n, c_n = _layers(call, layer)
+        output, h_n, c_n = layers(call)
     else:
         with torch.autocast(call.input.device.type, enabled=False):
             _cast(call)
-            found = _layers(call, layer)
+            found = layers(call)
             output, h_n, c_n = map(Tensor.to, found, call.results)
     if call.batch_dim is None:
         return output.squeeze(1), h_n.squeeze(1), c_n.squeeze(1)
@@ -165,16 +166,27 @@ def is_recorded(call: Call) -> bool:
     )
 
 
-def _layer_function(call: Call) -> Callable[..., Any]:
-    """What computes one layer of this call."""
+def is_stack(call: Call) -> bool:
+    """Whether one operator could compute all layers: nothing is recorded, or done between them."""
+    options = call.options
+    dropped = options.training and options.dropout
+    return options.num_layers > 1 and not dropped and not is_recorded(call)
+
+
+def _layers_function(call: Call) -> Callable[[Call], tuple[Tensor, Tensor, Tensor]]:
+    """What computes all layers of this call."""
     backend = choose(call.input, call.dtype, transform())
-    if backend == "reference":
-        return lstm_layer
-    if not is_recorded(call):
-        return OPERATORS[backend].lstm_inference
-    if _is_compiling() or _is_tracing():
-        return OPERATORS[backend].lstm_forward
-    return RECORDED[backend]
+    layer: Callable[..., Any] = lstm_layer
+    if backend == "cpu" and is_stack(call):
+        return _stack
+    if backend != "reference":
+        if not is_recorded(call):
+            layer = OPERATORS[backend].lstm_inference
+        elif _is_compiling() or _is_tracing():
+            layer = OPERATORS[backend].lstm_forward
+        else:
+            layer = RECORDED[backend]
+    return partial(_layers, layer)
 
 
 def _cast(call: Call) -> None:
@@ -186,14 +198,29 @@ def _cast(call: Call) -> None:
     call.weights = [weight.to(dtype) for weight in call.weights]
 
 
-def _layers(call: Call, layer: Callable[..., Any]) -> tuple[Tensor, Tensor, Tensor]:
+def _stack(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """All layers by one operator."""
+    layers = call.options.num_layers
+    h_0, c_0 = call.hx or _zero_states(call, layers * call.directions)
+    found: tuple[Tensor, Tensor, Tensor] = lstm_stack_inference(
+        call.input, call.batch_sizes, h_0, c_0, call.weights, layers
+    )
+    return found
+
+
+def _zero_states(call: Call, count: int) -> States:
+    c_0 = call.input.new_zeros((count, call.batch, call.options.hidden_size))
+    if call.h_size == call.options.hidden_size:
+        return c_0, c_0
+    return call.input.new_zeros((count, call.batch, call.h_size)), c_0
+
+
+def _layers(layer: Callable[..., Any], call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """The layers one after the other: one operator call for each, both directions in it."""
     input, batch_sizes, hx, weights = call.input, call.batch_sizes, call.hx, call.weights
     D, layers = call.directions, call.options.num_layers
     if hx is None:
-        c_l = input.new_zeros((D, call.batch, call.options.hidden_size))
-        equal = call.h_size == call.options.hidden_size
-        h_l = c_l if equal else input.new_zeros((D, call.batch, call.h_size))
+        h_l, c_l = _zero_states(call, D)
     elif layers == 1:
         h_l, c_l = hx
     if layers == 1:

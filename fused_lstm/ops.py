@@ -2,8 +2,9 @@
 
 The operators themselves, one LSTM layer with all its directions each, are registered by the
 compiled part; csrc/schemas.h holds their schemas. Triton's are as many more of the same
-(csrc/triton.cpp). Shapes here: T steps, B sequences, I inputs, H cells, P outputs of one direction
-(H without projection), D directions, N rows (T*B, or packed).
+(csrc/triton.cpp). For CPUs there is one more, of a stack of L layers. Shapes here: T steps, B
+sequences, I inputs, H cells, P outputs of one direction (H without projection), D directions, N
+rows (T*B, or packed).
 """
 
 from collections.abc import Iterable, Sequence
@@ -39,6 +40,8 @@ _recurrence = torch.library.Library("fused_lstm_triton", "IMPL")
 for _name in ("recurrence_forward", "recurrence_backward"):
     _recurrence.impl(_name, getattr(triton, _name), "CompositeExplicitAutograd")
 _of_triton = _operators("fused_lstm_triton")
+
+lstm_stack_inference: OpOverload = torch.ops.fused_lstm.lstm_stack_inference.default
 
 # By the name of the backend.
 OPERATORS = {"cpu": _compiled, "cuda": _compiled, "triton": _of_triton}
@@ -97,8 +100,14 @@ def _gradients(found: Iterable[Tensor]) -> Gradients:
 
 
 def _inference_shapes(*arguments: Any) -> tuple[Tensor, ...]:
-    of = LayerArguments(*arguments)
-    output = of.input.new_empty((*of.input.shape[:-1], of.h_0.shape[0] * of.h_0.shape[2]))
+    return _stack_shapes(*arguments, 1)
+
+
+def _stack_shapes(*arguments: Any) -> tuple[Tensor, ...]:
+    *layer, layers = arguments
+    of = LayerArguments(*layer)
+    width = of.h_0.shape[0] // layers * of.h_0.shape[2]
+    output = of.input.new_empty((*of.input.shape[:-1], width))
     return output, of.input.new_empty(of.h_0.shape), of.input.new_empty(of.c_0.shape)
 
 
@@ -236,7 +245,7 @@ def _double_backward(ctx: Any, *grad_grads: Any) -> tuple[Any, ...]:
 
 
 def _forward_flops(*shapes: Any, **kwargs: Any) -> int:
-    of = LayerArguments(*shapes)
+    of = LayerArguments(*shapes[: len(LayerArguments._fields)])  # a stack's number of layers
     return 2 * _rows(of.input) * _matrix_elements(of.weights)
 
 
@@ -258,6 +267,9 @@ def _matrix_elements(weights: Sequence[Sequence[int]]) -> int:
 
 
 # --- all of it, for both --------------------------------------------------------------------------
+
+torch.library.register_fake(lstm_stack_inference)(_stack_shapes)
+register_flop_formula(lstm_stack_inference.overloadpacket)(_forward_flops)
 
 for _each in (_compiled, _of_triton):
     torch.library.register_fake(_each.lstm_inference)(_inference_shapes)

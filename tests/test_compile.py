@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -237,6 +238,9 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.fused_lstm.lstm_forward.default, operands)
     plain = _operands(OPERATOR_CASES[name], dtype, requires_grad=False)
     torch.library.opcheck(torch.ops.fused_lstm.lstm_inference.default, plain)
+    stack = replace(OPERATOR_CASES[name], num_layers=3)
+    operands = (*_operands(stack, dtype, requires_grad=False), 3)
+    torch.library.opcheck(torch.ops.fused_lstm.lstm_stack_inference.default, operands)
     results = torch.ops.fused_lstm.lstm_forward(*plain)
     grads = [torch.randn_like(result) for result in results[:3]]
     saved = (results[0], *results[3:])

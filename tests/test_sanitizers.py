@@ -1,8 +1,8 @@
 """The CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 
 Natively, without Python and torch, in every dtype, by one to three threads and by two that end as
-one, and streams by ten threads that have one each; for the whole package under a sanitizer see
-CONTRIBUTING.md.
+one; stacks of layers at once in the same way, and streams by ten threads that have one each. For
+the whole package under a sanitizer see CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -55,16 +55,22 @@ def test_kernels_run_clean(sanitizer: str, tmp_path: Path) -> None:
         command = ["g++", *shlex.split(flags), sanitize, *map(str, arguments)]
         subprocess.run(command, check=True, timeout=280)
 
-    kernel, sanitized, streams = (tmp_path / name for name in ("kernel.o", "sanitized", "streams"))
+    names = ("kernel.o", "sanitized", "stacks", "streams")
+    kernel, sanitized, stacks, streams = (tmp_path / name for name in names)
     build("-c", KERNEL, "-o", kernel)
     build(kernel, HERE / "kernel_layers" / "sanitized.cpp", "-o", sanitized)
+    build(kernel, HERE / "kernel_layers" / "stacks.cpp", "-o", stacks)
     others = [KERNEL.with_name(f"{name}.cpp") for name in STREAM]
     build(kernel, *others, HERE / "kernel_layers" / "streams.cpp", "-o", streams)
     # ThreadSanitizer's shadow memory does not fit beside addresses as random as newer kernels'.
     fixed = ["setarch", os.uname().machine, "-R"] if shutil.which("setarch") else []
     if fixed and subprocess.run([*fixed, "true"], capture_output=True).returncode:
         fixed = []
-    for program, said in ((sanitized, "96 runs, 0 failures"), (streams, "48 streams, 0 failures")):
+    for program, said in (
+        (sanitized, "96 runs, 0 failures"),
+        (stacks, "48 stacks, 0 failures"),
+        (streams, "48 streams, 0 failures"),
+    ):
         done = subprocess.run(
             [*fixed, str(program)],
             capture_output=True,

@@ -62,10 +62,11 @@ struct BackwardPass {
     c_stride = round_up(seq.H, V);
     copy_dgates = !kAsStored || g_padded != 4 * seq.H;
     const int64_t weights = 4 * seq.H * seq.P;
-    team = Team::choose(threads, directions, seq, seq.B * weights, weights * int64_t(sizeof(Elem)),
-                        round_up(seq.B, Gemm::max_rows(4)) / Gemm::max_rows(4),
-                        round_up(seq.P, V) / V);
-    far = weights * int64_t(sizeof(Elem)) > kNearBytes * team.unit_groups;
+    const int64_t bytes = weights * int64_t(sizeof(Elem));
+    team = Team::choose(
+        threads, directions, seq,
+        {seq.B * weights, kSharedProducts<Gemm>, bytes, Gemm::max_rows(4), (seq.P + V - 1) / V});
+    far = bytes > kNearBytes * team.unit_groups;
     hidden = ColumnBlocks(seq.P, V, team.unit_groups);
     units = ColumnBlocks(seq.projected ? seq.H : 0, V, team.unit_groups);
   }

@@ -94,6 +94,10 @@ constexpr int64_t kMaskBlock = 64;  // elements that a mask is drawn by
 struct Kernel {
   int64_t (*forward_workspace)(const Forward* args, int directions, int threads);
   Waits (*forward)(const Forward* args, int directions, Crew crew, void* workspace);
+  // A stack of layers of one direction at once, args from the first on: wavefront.h.
+  bool (*wavefront_pays)(const Sequence& first, int layers, int threads);
+  int64_t (*wavefront_workspace)(const Forward* args, int layers, int threads);
+  Waits (*wavefront)(const Forward* args, int layers, Crew crew, void* workspace);
   int64_t (*backward_workspace)(const Backward* args, int directions, int threads);
   Waits (*backward)(const Backward* args, int directions, Crew crew, void* workspace);
   int64_t (*gradients_workspace)(const Gradients* args, int directions, int threads);

@@ -15,16 +15,12 @@
 
 #include "cell.h"
 #include "dense.h"
-#include "team.h"
+#include "forward_plan.h"
 
 namespace fused_lstm::cpu::FUSED_LSTM_ISA {
 
-// Bytes of W_ih above which it is worth reading it less often than at every step.
-constexpr int64_t kFarBytes = 8 * kCacheBytes;
-constexpr int64_t kRowsAhead = 128;  // of x taken together then, or where a step has few
-
 template <class T>
-struct ForwardPass {
+struct ForwardPass : ForwardPlan {
   // The other passes begin with the same lines: a base of T would have to be named in each of them.
   using Gemm = typename ProductOf<T>::type;
   using Elem = typename Gemm::Elem;
@@ -45,6 +41,15 @@ struct ForwardPass {
     A* inputs;  // (chunk_rows, 4V): x W_ih^T + b of one block, where it isn't taken ahead
     Elem* x;    // (chunk_rows, x_stride): input rows of a chunk in the product's type
   };
+  // What a thread has to do of direction d.
+  struct Part {
+    int d;
+    Range rows, units, projected;  // units: blocks of them; projected: blocks of the projection
+    int meeting;                   // threads that share its steps
+    Barrier* barrier;
+    A* ahead = nullptr;
+    Private own = {};
+  };
   // A step of direction d, the s-th of its recurrence. Its rows begin at `first` of the packed
   // batch, `active` of them are this thread's, and below `next` they take part in the step after.
   struct Step {
@@ -63,54 +68,25 @@ struct ForwardPass {
   };
 
   const Forward* args;
-  Sequence seq;
-  int directions;
-  Team team;
-  ColumnBlocks projection;
-  int64_t blocks, x_padded, h_padded, m_padded, x_stride, h_stride, m_stride, c_stride;
-  int64_t chunk_rows, chunk_steps;
-  bool copy_input, dense, ahead;  // ahead: x W_ih^T of a chunk before its first step
-  bool at_once;                   // one dense step: x and h in one sum
-  bool far;                       // W_hh is beyond the second-level cache
   Direction direction[2];
-  A* inputs_ahead;  // (directions at once, row groups, blocks, chunk_rows, 4V): x W_ih^T + b
+  A* inputs_ahead;  // (groups, slots, blocks, chunk_rows, 4V): x W_ih^T + b
   char* private_base;
   int64_t private_bytes;
   Barriers barriers;  // one for all threads, then one a row group of each direction
 
-  ForwardPass(const Forward* args, int directions, int threads)
-      : args(args), seq(args[0].seq), directions(directions) {
-    blocks = (seq.H + V - 1) / V;
-    x_padded = round_up(seq.I, Gemm::kPadK);
-    h_padded = round_up(seq.P, Gemm::kPadK);
-    m_padded = round_up(seq.H, Gemm::kPadK);
-    constexpr int64_t line = 64 / sizeof(Elem);
-    x_stride = round_up(x_padded, line);
-    h_stride = round_up(h_padded, line);
-    m_stride = round_up(m_padded, line);
-    c_stride = blocks * V;
-    // Of few rows, x W_ih^T is taken ahead, and W_ih read but once in many steps.
-    const int64_t kept =
-        4 * seq.H * (h_padded + (is_few(seq.B) ? 0 : x_padded)) * int64_t(sizeof(Elem));
-    team = Team::choose(threads, directions, seq, seq.B * 4 * seq.H * (x_padded + h_padded), kept,
-                        round_up(seq.B, Gemm::max_rows(4)) / Gemm::max_rows(4), blocks);
-    projection = ColumnBlocks(seq.projected ? seq.P : 0, V, team.unit_groups);
-    const int64_t rows = (seq.B + team.row_groups - 1) / team.row_groups;
-    const int64_t all_rows = seq.T * seq.B;
-    dense = worth_dense<T, Elem>(all_rows, seq.I + seq.P);
-    const bool far_input = 4 * seq.H * x_padded * int64_t(sizeof(Elem)) > kFarBytes;
-    const bool wants_more = is_few(rows) || (far_input && 2 * rows <= kRowsAhead);
-    chunk_steps = dense ? seq.T : wants_more ? kRowsAhead / rows : 1;
-    if (chunk_steps > seq.T) chunk_steps = seq.T;
-    chunk_rows = rows * chunk_steps;
-    at_once = dense && seq.T == 1;
-    ahead = (dense && !at_once) || chunk_steps > 1;
-    far = !dense && 4 * seq.H * h_padded * int64_t(sizeof(Elem)) > kNearBytes * team.unit_groups;
-    copy_input = dense || ahead || !kAsStored || x_padded != seq.I;
-  }
+  ForwardPass() = default;
+  ForwardPass(const Forward* args, int directions, int threads, int64_t most_steps = 0)
+      : ForwardPlan(args[0].seq, directions, threads, kind(args[0].seq), most_steps), args(args) {}
 
-  // Rows of a step so few that a panel of W_ih serves too little.
-  static bool is_few(int64_t rows) { return rows < 2 * Gemm::max_rows(4); }
+  static ForwardKind kind(const Sequence& seq) {
+    return {V,
+            Gemm::kPadK,
+            Gemm::max_rows(4),
+            sizeof(Elem),
+            kSharedProducts<Gemm>,
+            kAsStored,
+            worth_dense<T, Elem>(seq.T * seq.B, seq.I + seq.P)};
+  }
 
   int64_t lay_out(void* workspace) {
     Arena arena{static_cast<char*>(workspace)};
@@ -126,13 +102,13 @@ struct ForwardPass {
       dir.c = arena.take<A>(seq.B * c_stride);
     }
     const int64_t groups = team.directions * team.row_groups;
-    inputs_ahead = arena.take<A>(ahead ? groups * blocks * chunk_rows * kWidth : 0);
+    inputs_ahead = arena.take<A>(ahead ? groups * slots * blocks * chunk_rows * kWidth : 0);
     const int64_t shared = arena.used;
     Arena one{nullptr};
     lay_out_private(one);
     private_bytes = round_up(one.used, 4096);  // a page apart: no two threads share a line
     private_base = static_cast<char*>(workspace) + shared;
-    return shared + private_bytes * team.threads();
+    return shared + private_bytes * slots * team.threads();
   }
 
   Private lay_out_private(Arena& arena) const {
@@ -144,24 +120,19 @@ struct ForwardPass {
   }
 
   int team_size() const { return team.threads(); }
-  int64_t group_products() const {
-    return seq.T * seq.B * 4 * seq.H * (x_padded + h_padded) / team.row_groups;
-  }
+  int64_t group_products() const { return products() / team.row_groups; }
 
   void run(int thread) const {
     if (thread >= team.threads()) return;
     const Place place(team, thread);
-    Arena arena{private_base + thread * private_bytes};
-    Private own = lay_out_private(arena);
-    prepare(thread);
+    prepare(thread, team.threads());
     barriers[0].wait(team.threads());
     for (int d = place.direction; d < directions; d += team.directions)
-      run_direction(d, place, own);
+      run_direction(part_of(d, place, thread));
   }
 
-  // Weights into panels, initial states into place: shared out among all threads.
-  void prepare(int thread) const {
-    const int threads = team.threads();
+  // Weights into panels, initial states into place: shared out among so many threads.
+  void prepare(int thread, int threads) const {
     for (int64_t item = thread; item < blocks * directions; item += threads)
       pack_block(int(item / blocks), item % blocks);
     for (int64_t item = thread; item < projection.count() * directions; item += threads) {
@@ -204,64 +175,87 @@ struct ForwardPass {
     return {rows.begin, active < rows.end ? active : rows.end};
   }
 
-  void run_direction(int d, const Place& place, Private& own) const {
-    const Forward& a = args[d];
-    const Range rows = share(seq.B, place.row_group, team.row_groups);
+  // A thread's part of direction d, with the buffers of one of its slots.
+  Part part_of(int d, const Place& place, int thread, int slot = 0) const {
+    Part part{d,
+              share(seq.B, place.row_group, team.row_groups),
+              share(blocks, place.unit_group, team.unit_groups),
+              share(projection.count(), place.unit_group, team.unit_groups),
+              team.unit_groups,
+              &barriers[1 + d * team.row_groups + place.row_group]};
     const int64_t group = place.direction * team.row_groups + place.row_group;
-    A* const inputs_of_all = inputs_ahead + group * blocks * chunk_rows * kWidth;
-    Range mine = share(blocks, place.unit_group, team.unit_groups);
-    Range projected = share(projection.count(), place.unit_group, team.unit_groups);
-    Barrier& barrier = barriers[1 + d * team.row_groups + place.row_group];
-    int meeting = team.unit_groups;
-    const auto goes_on = [&] {
-      return meet(barrier, meeting, mine, blocks, projected, projection.count());
-    };
-    const bool turns = Order::turns(rows.end - rows.begin, sizeof(Elem));
+    part.ahead = inputs_ahead + (group * slots + slot) * blocks * chunk_rows * kWidth;
+    Arena arena{private_base + (thread * slots + slot) * private_bytes};
+    part.own = lay_out_private(arena);
+    return part;
+  }
+
+  void run_direction(Part part) const {
+    for (int64_t s = 0; s < seq.T; s += chunk_steps) {
+      take_inputs(part, s);
+      if (!run_steps(part, s)) return;
+    }
+    write_c_n(part);
+  }
+
+  // Of the chunk that begins at step s of the recurrence: its rows in one piece, and x W_ih^T.
+  void take_inputs(const Part& part, int64_t s) const {
+    if (copy_input) gather_inputs(part, s);
+    if (!ahead) return;
+    int64_t count = 0;
+    for (int64_t i = s; i < seq.T && i < s + chunk_steps; ++i)
+      count += count_of(rows_at(args[part.d].seq.step(i, false), part.rows));
+    for (int64_t block = part.units.begin; block < part.units.end; ++block)
+      input_product(part.d, block, part.own.x, x_stride, count,
+                    part.ahead + block * chunk_rows * kWidth);
+  }
+
+  // The chunk's steps; false where another thread does them and all that follow.
+  bool run_steps(Part& part, int64_t first) const {
+    const Forward& a = args[part.d];
+    const bool turns = Order::turns(part.rows.end - part.rows.begin, sizeof(Elem));
     int64_t inputs_at = 0;  // where in the chunk this step's rows begin
-    for (int64_t s = 0; s < seq.T; ++s) {
+    for (int64_t s = first; s < seq.T && s < first + chunk_steps; ++s) {
       const int64_t t = a.seq.step(s, false);
-      const Range active = rows_at(t, rows);
-      if (s % chunk_steps == 0) {
-        inputs_at = 0;
-        if (copy_input) gather_inputs(a, s, rows, own);
-        if (ahead) {
-          int64_t count = 0;
-          for (int64_t i = s; i < seq.T && i < s + chunk_steps; ++i)
-            count += count_of(rows_at(a.seq.step(i, false), rows));
-          for (int64_t block = mine.begin; block < mine.end; ++block)
-            input_product(d, block, own.x, x_stride, count,
-                          inputs_of_all + block * chunk_rows * kWidth);
-        }
-      }
+      const Range active = rows_at(t, part.rows);
       const int64_t next = s + 1 < seq.T ? seq.rows(a.seq.step(s + 1, false)) : 0;
-      const Step step{d, s, t, seq.first_row(t), next, active};
-      const Order order(mine, turns && s % 2);
+      const Step step{part.d, s, t, seq.first_row(t), next, active};
+      const Order order(part.units, turns && s % 2);
       for (int64_t i = 0; i < order.count(); ++i) {
         const int64_t block = order[i];
-        const A* inputs = own.inputs;
+        const A* inputs = part.own.inputs;
         if (ahead) {
-          inputs = inputs_of_all + (block * chunk_rows + inputs_at) * kWidth;
+          inputs = part.ahead + (block * chunk_rows + inputs_at) * kWidth;
         } else if (!at_once && !active.empty()) {
-          const Elem* x =
-              copy_input ? own.x : reinterpret_cast<const Elem*>(input_row(a, t, active.begin));
-          input_product(d, block, x, copy_input ? x_stride : a.input_stride_b, count_of(active),
-                        own.inputs);
+          const Elem* x = copy_input ? part.own.x
+                                     : reinterpret_cast<const Elem*>(input_row(a, t, active.begin));
+          input_product(part.d, block, x, copy_input ? x_stride : a.input_stride_b,
+                        count_of(active), part.own.inputs);
         }
-        hidden_step(step, block, order.following(i), inputs, own);
+        hidden_step(step, block, order.following(i), inputs, part.own);
       }
       inputs_at += count_of(active);
-      if (!goes_on()) return;
+      if (!goes_on(part)) return false;
       if (seq.projected) {
-        for (int64_t block = projected.begin; block < projected.end; ++block)
-          projection_step(step, block, own.sums);
-        if (!goes_on()) return;
+        for (int64_t block = part.projected.begin; block < part.projected.end; ++block)
+          projection_step(step, block, part.own.sums);
+        if (!goes_on(part)) return false;
       }
     }
-    for (int64_t b = rows.begin; b < rows.end; ++b)
-      for (int64_t block = mine.begin; block < mine.end; ++block) {
+    return true;
+  }
+
+  bool goes_on(Part& part) const {
+    return meet(*part.barrier, part.meeting, part.units, blocks, part.projected,
+                projection.count());
+  }
+
+  void write_c_n(const Part& part) const {
+    for (int64_t b = part.rows.begin; b < part.rows.end; ++b)
+      for (int64_t block = part.units.begin; block < part.units.end; ++block) {
         const int64_t u = block * V;
-        store_lanes<false>(static_cast<T*>(a.c_n) + b * seq.H + u,
-                           load(direction[d].c + b * c_stride + u), lanes_at<A>(u, seq.H));
+        store_lanes<false>(static_cast<T*>(args[part.d].c_n) + b * seq.H + u,
+                           load(direction[part.d].c + b * c_stride + u), lanes_at<A>(u, seq.H));
       }
   }
 
@@ -272,11 +266,12 @@ struct ForwardPass {
   }
 
   // Input rows of the chunk that begins at step s, one after another.
-  void gather_inputs(const Forward& a, int64_t s, const Range& rows, Private& own) const {
-    Elem* to = own.x;
+  void gather_inputs(const Part& part, int64_t s) const {
+    const Forward& a = args[part.d];
+    Elem* to = part.own.x;
     for (int64_t i = s; i < seq.T && i < s + chunk_steps; ++i) {
       const int64_t t = a.seq.step(i, false);
-      const Range active = rows_at(t, rows);
+      const Range active = rows_at(t, part.rows);
       for (int64_t b = active.begin; b < active.end; ++b, to += x_stride)
         copy_row(input_row(a, t, b), seq.I, to, x_stride);
     }

@@ -2,6 +2,7 @@
 // set in use.
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/Allocator.h>
 #include <torch/library.h>
@@ -14,9 +15,13 @@ namespace fused_lstm::cpu {
 
 namespace {
 
-Threads threads_for(const Layer& layer) {
-  return {layer.N * 4 * layer.H * (layer.I + layer.P) * layer.directions,
-          at::in_parallel_region() ? 1 : at::get_num_threads()};
+// Multiply-adds.
+int64_t products_of(const Layer& layer) {
+  return layer.N * 4 * layer.H * (layer.I + layer.P) * layer.directions;
+}
+
+Threads threads_for(int64_t products) {
+  return {products, at::in_parallel_region() ? 1 : at::get_num_threads()};
 }
 
 // torch's way to memory from the block cache: tensors that own it, and can be resized like any
@@ -50,11 +55,10 @@ at::Tensor buffer(at::IntArrayRef shape, const at::TensorOptions& options) {
                                    c10::typeMetaToScalarType(options.dtype()), std::nullopt);
 }
 
-Results forward(const ForwardCall& call) {
+// One for each direction.
+void describe(const ForwardCall& call, const Results& results, Forward* args) {
   const Layer& layer = call.layer;
   const int64_t D = layer.directions;
-  Results results(call, buffer);
-  Forward args[2];
   for (int64_t d = 0; d < D; ++d) {
     const Weights& w = layer.weights[d];
     Forward& a = args[d];
@@ -76,9 +80,105 @@ Results forward(const ForwardCall& call) {
     a.gates = part(results.gates, d);
     a.cells = part(results.cells, d);
   }
+}
+
+Results forward_on(const Threads& threads, const ForwardCall& call) {
+  Results results(call, buffer);
+  Forward args[2];
+  describe(call, results, args);
   const Kernel& kernel = active_kernel(call.dtype);
-  threads_for(layer).run(kernel.forward_workspace, kernel.forward, args, int(D));
+  threads.run(kernel.forward_workspace, kernel.forward, args, int(call.layer.directions));
   return results;
+}
+
+Results forward(const ForwardCall& call) {
+  return forward_on(threads_for(products_of(call.layer)), call);
+}
+
+// A stack of layers, one after the other or at once.
+class Stack {
+ public:
+  Stack(const Optional& batch_sizes, const at::Tensor& h_0, const at::Tensor& c_0,
+        at::TensorList weights, int64_t layers)
+      : batch_sizes_(batch_sizes), h_0_(h_0), c_0_(c_0), weights_(weights), layers_(layers) {
+    TORCH_CHECK(layers > 0 && weights.size() % size_t(layers) == 0 && h_0.dim() == 3 &&
+                    c_0.dim() == 3 && h_0.size(0) % layers == 0 && h_0.size(0) == c_0.size(0),
+                "fused_lstm: expected for ", layers,
+                " layers h_0 (L*D, B, P), c_0 (L*D, B, H) and as many weights for each, got ",
+                h_0.sizes(), ", ", c_0.sizes(), " and ", weights.size(), " weights");
+  }
+
+  OutputAndStates infer(const at::Tensor& input) {
+    ForwardCall call = call_of(0, input);
+    const Layer& first = call.layer;
+    const int64_t D = first.directions;
+    const int64_t of_another = first.N * 4 * first.H * (D + 1) * first.P * D;
+    const Threads threads = threads_for(products_of(first) + (layers_ - 1) * of_another);
+    const Kernel& kernel = active_kernel(call.dtype);
+    const bool at_once =
+        first.N > 0 && D == 1 &&
+        kernel.wavefront_pays(sequence_of(first, 0), int(layers_), threads.count());
+    const at::Tensor output = at_once ? infer_at_once(std::move(call), kernel, threads)
+                                      : infer_each(std::move(call), threads);
+    return {output, at::cat(h_n_), at::cat(c_n_)};
+  }
+
+ private:
+  ForwardCall call_of(int64_t l, const at::Tensor& input) const {
+    const int64_t D = h_0_.size(0) / layers_;
+    const size_t each = weights_.size() / size_t(layers_);
+    return {input,
+            batch_sizes_,
+            h_0_.narrow(0, l * D, D),
+            c_0_.narrow(0, l * D, D),
+            weights_.slice(size_t(l) * each, each),
+            false};
+  }
+
+  at::Tensor keep(const Results& results) {
+    h_n_.push_back(results.h_n);
+    c_n_.push_back(results.c_n);
+    return results.output;
+  }
+
+  at::Tensor infer_each(ForwardCall call, const Threads& threads) {
+    for (int64_t l = 1;; ++l) {
+      const bool empty_batch = call.layer.N == 0;
+      const at::Tensor output =
+          keep(empty_batch ? Results(call, empty) : forward_on(threads, call));
+      if (l == layers_) return output;
+      call = call_of(l, output);
+    }
+  }
+
+  at::Tensor infer_at_once(ForwardCall call, const Kernel& kernel, const Threads& threads) {
+    std::vector<ForwardCall> calls;  // whose layers the arguments point to
+    std::vector<Forward> args(size_t(layers_), Forward{});
+    calls.reserve(args.size());
+    calls.push_back(std::move(call));
+    at::Tensor output;
+    for (int64_t l = 0; l < layers_; ++l) {
+      if (l > 0) calls.push_back(call_of(l, output));
+      const Results results(calls.back(), buffer);
+      output = keep(results);
+      describe(calls.back(), results, &args[size_t(l)]);
+    }
+    threads.run(kernel.wavefront_workspace, kernel.wavefront, args.data(), int(layers_));
+    return output;
+  }
+
+  const Optional& batch_sizes_;
+  const at::Tensor &h_0_, &c_0_;
+  const at::TensorList weights_;
+  const int64_t layers_;
+  std::vector<at::Tensor> h_n_, c_n_;
+};
+
+OutputAndStates stack_inference(const at::Tensor& input, const Optional& batch_sizes,
+                                const at::Tensor& h_0, const at::Tensor& c_0,
+                                at::TensorList weights, int64_t layers) {
+  const BelowAutograd guard;
+  return Stack(batch_sizes, h_0, c_0, weights, layers).infer(input);
 }
 
 LayerGradients backward(const BackwardCall& call) {
@@ -141,7 +241,7 @@ LayerGradients backward(const BackwardCall& call) {
     g.grad_weight_hr = layer.projected ? target(call.each - 1) : nullptr;
   }
   const Kernel& kernel = active_kernel(call.dtype);
-  const Threads threads = threads_for(layer);
+  const Threads threads = threads_for(products_of(layer));
   threads.run(kernel.backward_workspace, kernel.backward, back, int(D));
   threads.run(kernel.gradients_workspace, kernel.gradients, products, int(D));
   for (int64_t d = 0; layer.biased && d < D; ++d)
@@ -152,6 +252,9 @@ LayerGradients backward(const BackwardCall& call) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fused_lstm, CPU, m) { Operators<forward, backward>::implement(m); }
+TORCH_LIBRARY_IMPL(fused_lstm, CPU, m) {
+  Operators<forward, backward>::implement(m);
+  m.impl("lstm_stack_inference", &stack_inference);
+}
 
 }  // namespace fused_lstm::cpu

@@ -1,6 +1,6 @@
 // The CPU kernels, compiled once for each instruction set (FUSED_LSTM_ISA names it; setup.py gives
-// the flags). What is computed and how it is shared out: forward.h, backward.h and gradients.h; the
-// product: product.h; the threads: team.h.
+// the flags). What is computed and how it is shared out: forward.h, wavefront.h, backward.h and
+// gradients.h; the product: product.h; the threads: team.h.
 //
 // Everything lives in a namespace of the set's name and uses no inline function of the standard
 // library: the linker would merge such a function's copies and could keep the one compiled for a
@@ -11,6 +11,7 @@
 #include "gradients.h"
 #include "mask.h"
 #include "stream_pass.h"
+#include "wavefront.h"
 
 namespace fused_lstm::cpu::FUSED_LSTM_ISA {
 
@@ -115,6 +116,9 @@ constexpr Kernel kernel_of() {
   if constexpr (sizeof(T) < 8) bytes = stream_kernel<T, ProductBytes>();
   return {workspace_bytes<ForwardPass<T>, Forward>,
           run<ForwardPass<T>, Forward>,
+          WavefrontPass<T>::pays,
+          workspace_bytes<WavefrontPass<T>, Forward>,
+          run<WavefrontPass<T>, Forward>,
           workspace_bytes<BackwardPass<T>, Backward>,
           run<BackwardPass<T>, Backward>,
           workspace_bytes<GradientsPass<T>, Gradients>,

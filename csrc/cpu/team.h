@@ -39,8 +39,9 @@ constexpr int64_t kCacheBytes =
 constexpr int64_t kNearBytes = 2 * kCacheBytes;  // of a thread's weights, above which they are far
 constexpr int64_t kParallelProducts =
     400000;  // multiply-adds of a whole call below which one thread is faster
-constexpr int64_t kSharedProducts =
-    30000;  // multiply-adds of a step below which a barrier costs more
+// Multiply-adds of a step below which a meeting costs more than it saves.
+template <class Gemm>
+constexpr int64_t kSharedProducts = 30000;
 // Of a step below which two threads' meeting (1.1 us) costs more than half as many rows a tile: B 4
 // T 200 I 96 H 96, two layers, two threads: 1.17 to 1.05 ms.
 constexpr int64_t kBriefProducts = 500000;
@@ -72,29 +73,37 @@ class Order {
   bool back_;
 };
 
+// One direction's work at a step.
+struct StepWork {
+  int64_t products;      // multiply-adds
+  int64_t fewest;        // kSharedProducts
+  int64_t weight_bytes;  // that are read at each
+  int64_t tile_rows;
+  int64_t blocks;  // of hidden units: tiles across
+};
+
 struct Team {
   int directions = 1, row_groups = 1, unit_groups = 1;
 
   int threads() const { return directions * row_groups * unit_groups; }
 
-  // step_products: multiply-adds of one direction's step; blocks: of hidden units (tiles across).
-  static Team choose(int threads, int directions, const Sequence& seq, int64_t step_products,
-                     int64_t weight_bytes, int64_t row_blocks, int64_t blocks) {
+  static Team choose(int threads, int directions, const Sequence& seq, const StepWork& step) {
     Team team;
-    if (threads <= 1 || step_products * seq.T * directions < kParallelProducts) return team;
+    if (threads <= 1 || step.products * seq.T * directions < kParallelProducts) return team;
     team.directions = directions;
     const int64_t rest = threads / directions;
-    int64_t units = round_up(weight_bytes, kCacheBytes) / kCacheBytes;
+    int64_t units = round_up(step.weight_bytes, kCacheBytes) / kCacheBytes;
     if (units > rest) units = rest;
     if (units < 1) units = 1;
     int64_t rows = rest / units;
-    if (step_products < kBriefProducts && seq.B >= 4 && row_blocks < seq.B / 2)
+    int64_t row_blocks = (seq.B + step.tile_rows - 1) / step.tile_rows;
+    if (step.products < kBriefProducts && seq.B >= 4 && row_blocks < seq.B / 2)
       row_blocks = seq.B / 2;
     if (rows > row_blocks) rows = row_blocks;
     if (rows < 1) rows = 1;
     units = rest / rows;
-    if (units > blocks) units = blocks;
-    if (step_products < kSharedProducts) units = 1;
+    if (units > step.blocks) units = step.blocks;
+    if (step.products < step.fewest) units = 1;
     team.row_groups = int(rows);
     team.unit_groups = int(units);
     return team;
@@ -117,59 +126,46 @@ FUSED_LSTM_INLINE int64_t nanoseconds() {
   return int64_t(now.tv_sec) * 1000000000 + now.tv_nsec;
 }
 
-// Spins for some 10 to 20 us, longer than threads of equal shares wait for each other when both are
-// running. Then it yields, for the one that it waits for may want this processor, and then sleeps:
-// whoever has slept is scheduled before those that have computed meanwhile.
+// A number that threads wait to see changed.
 //
-// Beside busy processes every step waits for whoever has lost its processor, for milliseconds.
-// Where that has cost more than several threads save in the whole pass, the last to arrive, which
-// has a processor, goes on alone.
-struct alignas(64) Barrier {
+// A waiting thread spins for some 10 to 20 us, longer than threads of equal shares wait for each
+// other when both are running. Then it yields, for the one that it waits for may want this
+// processor, and then sleeps: whoever has slept is scheduled before those that have computed
+// meanwhile.
+struct Signal {
   static constexpr int kSpins = 512;
   static constexpr int64_t kStallNs = 500000;  // a sleeping thread wakes in 100 us at most
 
-  int arrived, generation, asleep;
-  int stalled;       // somebody waited for longer than kStallNs
-  int alone;         // whoever came last has gone on alone
-  int64_t patience;  // nanoseconds lost after which it does; 0: never
-  int64_t lost;      // by all that waited, in stalls over twice as long as their own work
-  int64_t released;  // when that began
+  int value, asleep;
+  int stalled;   // somebody waited for longer than kStallNs
+  int64_t lost;  // by all that waited, in stalls over twice as long as their own work
 
-  // The threads that go on: all, 1 (this one alone) or 0 (another alone).
-  int wait(int threads) { return threads == 1 ? 1 : wait_for_others(threads); }
+  int now() const { return __atomic_load_n(&value, __ATOMIC_ACQUIRE); }
 
- private:
-  // One copy: inlined at each meeting it is 22 of AVX2's 630 KB of code.
-  __attribute__((noinline)) int wait_for_others(int threads) {
-    const int before = __atomic_load_n(&generation, __ATOMIC_ACQUIRE);
-    const int64_t began = released;
-    if (__atomic_add_fetch(&arrived, 1, __ATOMIC_ACQ_REL) == threads) {
-      __atomic_store_n(&arrived, 0, __ATOMIC_RELAXED);
-      if (patience) {
-        alone = __atomic_load_n(&lost, __ATOMIC_RELAXED) > patience;
-        released = nanoseconds();
-      }
-      const int going_on = alone ? 1 : threads;
-      __atomic_store_n(&generation, before + 1, __ATOMIC_SEQ_CST);
-      if (__atomic_load_n(&asleep, __ATOMIC_SEQ_CST)) wake();
-      return going_on;
-    }
-    for (int spins = 0; __atomic_load_n(&generation, __ATOMIC_ACQUIRE) == before; ++spins) {
+  void add_one() {
+    __atomic_add_fetch(&value, 1, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&asleep, __ATOMIC_SEQ_CST)) wake();
+  }
+
+  // Until the value is no longer `before`. This thread's own work, before it waited, began at
+  // `began`.
+  void wait_while(int before, int64_t began) {
+    for (int spins = 0; now() == before; ++spins) {
       if (spins == kSpins) {
         wait_long(before, began);
-        break;
+        return;
       }
 #if defined(__x86_64__)
       _mm_pause();
 #endif
     }
-    return alone ? 0 : threads;
   }
 
+ private:
   void wait_long(int before, int64_t began) {
     const int64_t since = nanoseconds();
     int64_t waited = 0;
-    while (__atomic_load_n(&generation, __ATOMIC_ACQUIRE) == before) {
+    while (now() == before) {
       if (waited < kStallNs) {
         sched_yield();
       } else {
@@ -184,17 +180,55 @@ struct alignas(64) Barrier {
   }
 
 #if defined(__linux__)
-  // Returns at once where the generation is no longer `before`.
+  // Returns at once where the value is no longer `before`.
   void sleep(int before) {
     __atomic_add_fetch(&asleep, 1, __ATOMIC_SEQ_CST);
-    syscall(SYS_futex, &generation, FUTEX_WAIT_PRIVATE, before, nullptr, nullptr, 0);
+    syscall(SYS_futex, &value, FUTEX_WAIT_PRIVATE, before, nullptr, nullptr, 0);
     __atomic_sub_fetch(&asleep, 1, __ATOMIC_SEQ_CST);
   }
-  void wake() { syscall(SYS_futex, &generation, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0); }
+  void wake() { syscall(SYS_futex, &value, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0); }
 #else
   void sleep(int) { sched_yield(); }
   void wake() {}
 #endif
+};
+
+// Where threads meet; the value counts their meetings.
+//
+// Beside busy processes every step waits for whoever has lost its processor, for milliseconds.
+// Where that has cost more than several threads save in the whole pass, the last to arrive, which
+// has a processor, goes on alone.
+struct alignas(64) Barrier : Signal {
+  int arrived;
+  int alone;         // whoever came last has gone on alone
+  int64_t patience;  // nanoseconds lost after which it does; 0: never
+  int64_t released;  // when that began
+
+  // The threads that go on: all, 1 (this one alone) or 0 (another alone).
+  int wait(int threads) { return threads == 1 ? 1 : wait_for_others(threads); }
+
+  bool out_of_patience() const {
+    return patience && __atomic_load_n(&lost, __ATOMIC_RELAXED) > patience;
+  }
+
+ private:
+  // One copy: inlined at each meeting it is 22 of AVX2's 630 KB of code.
+  __attribute__((noinline)) int wait_for_others(int threads) {
+    const int before = now();
+    const int64_t began = released;
+    if (__atomic_add_fetch(&arrived, 1, __ATOMIC_ACQ_REL) == threads) {
+      __atomic_store_n(&arrived, 0, __ATOMIC_RELAXED);
+      if (patience) {
+        alone = out_of_patience();
+        released = nanoseconds();
+      }
+      const int going_on = alone ? 1 : threads;
+      add_one();
+      return going_on;
+    }
+    wait_while(before, began);
+    return alone ? 0 : threads;
+  }
 };
 
 // Meets the others that share a step. Where one goes on alone, it is false for all but this one, to

@@ -21,6 +21,8 @@ class Threads {
   // products: multiply-adds of the call. wanted: threads, where this process may use as many.
   Threads(int64_t products, int wanted);
 
+  int count() const { return crew_.threads; }
+
   // A pass with these arguments, in a workspace of its size.
   template <class Args>
   void run(int64_t (*bytes)(const Args*, int, int), Waits (*pass)(const Args*, int, Crew, void*),
