@@ -39,9 +39,11 @@ constexpr int64_t kCacheBytes =
 constexpr int64_t kNearBytes = 2 * kCacheBytes;  // of a thread's weights, above which they are far
 constexpr int64_t kParallelProducts =
     400000;  // multiply-adds of a whole call below which one thread is faster
-// Multiply-adds of a step below which a meeting costs more than it saves.
+// Multiply-adds of a step below which a meeting costs more than it saves. B 1, two threads over one:
+// in float H 64 0.84, H 80 1.0, H 96 1.13; where the product takes pairs of 16-bit numbers H 96
+// 0.75, H 128 0.92, H 144 1.2.
 template <class Gemm>
-constexpr int64_t kSharedProducts = 30000;
+constexpr int64_t kSharedProducts = Gemm::kStepK == 2 ? 150000 : 50000;
 // Of a step below which two threads' meeting (1.1 us) costs more than half as many rows a tile: B 4
 // T 200 I 96 H 96, two layers, two threads: 1.17 to 1.05 ms.
 constexpr int64_t kBriefProducts = 500000;
