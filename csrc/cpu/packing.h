@@ -58,12 +58,15 @@ FUSED_LSTM_INLINE void pack_vector(const T* rows, int64_t stride, int64_t there,
 // Packs a panel of `width` columns (whole vectors) whose elements are dense along K: column n is
 // weights + column(n) * stride, or zeros where column(n) is negative. A vector of each of a
 // vector's columns is transposed in registers at a time; what is transposed is one step of K, a
-// number or a pair of 16-bit numbers.
+// number or a pair of 16-bit numbers. So many rows that are far from each other are more than the
+// processor fetches ahead by itself: H 1150 in float at 2.9, fetched here at 6.5 GB/s.
 template <class Gemm, class T, class Column>
 static void pack_dense_k(const T* weights, int64_t stride, int64_t K, int width, Column column,
                          typename Gemm::Panel* panel) {
   using A = typename Gemm::A;
   constexpr int S = Gemm::kStepK, V = kLanes<A>;
+  constexpr int64_t kAhead = 256 / sizeof(T);
+  const bool far = S == 1 && K * int64_t(sizeof(T)) > 2048;
   const int64_t steps = round_up(K, Gemm::kPadK) / S;
   for (int64_t k = 0; k < steps; k += V)
     for (int n = 0; n < width; n += V) {
@@ -72,6 +75,7 @@ static void pack_dense_k(const T* weights, int64_t stride, int64_t K, int width,
       for (int l = 0; l < V; ++l) {
         const int64_t c = column(n + l);
         const T* from = weights + c * stride + k * S;
+        if (far && left > kAhead) __builtin_prefetch(from + kAhead);
         if (c < 0 || left <= 0) {
           v[l] = Vec<A>{};
         } else if constexpr (S == 1) {
