@@ -36,7 +36,7 @@ LIMITS: dict[str, tuple[int, int]] = {
     "forward_kernel kF32": (256, 217),
     "forward_kernel kTf32": (256, 197),
     "forward_step_kernel": (64, 0),
-    "pack_kernel": (48, 0),
+    "pack_kernel": (64, 0),
     "sum_kernel": (40, 0),
     "upload_kernel": (32, 0),
 }

@@ -34,9 +34,35 @@ FUSED_LSTM_DEVICE T element(const T* weight_hh, int H, int padded, int row, int 
     const int unit = tile / 2 * 8 + row % 8;
     return unit < H && column < H ? weight_hh[int64_t(gate * H + unit) * H + column] : T(0);
   } else {
-    const int gate = column / padded, unit = column % padded;
-    return row < H && gate < 4 && unit < H ? weight_hh[int64_t(gate * H + unit) * H + row] : T(0);
+    // Comparisons: a division by a number known at run time takes as long as the load.
+    const int gate = (column >= padded) + (column >= 2 * padded) + (column >= 3 * padded);
+    const int unit = column - gate * padded;
+    return row < H && unit < H ? weight_hh[int64_t(gate * H + unit) * H + row] : T(0);
   }
+}
+
+// The four words that a lane loads of a tile of 16 rows, half m of a chunk of columns.
+template <Operands kOperands, bool kForward>
+FUSED_LSTM_DEVICE Words packed(const void* given, int H, int padded, int row_tile, int chunk,
+                               int lane, int m) {
+  using T = typename Storage<kOperands>::Type;
+  const T* weight_hh = static_cast<const T*>(given);
+  const int first = chunk * (kChunkBytes / int(sizeof(T)));
+  Words words;
+  for (int r = 0; r < 4; ++r) {
+    int row, word;
+    weight_position<kOperands>(lane, m, r, row, word);
+    row += row_tile * 16;
+    if constexpr (sizeof(T) == 2) {
+      const int column = first + 2 * word;
+      words.word[r] = element<T, kForward>(weight_hh, H, padded, row, column) |
+                      uint32_t(element<T, kForward>(weight_hh, H, padded, row, column + 1)) << 16;
+    } else {
+      const float value = element<T, kForward>(weight_hh, H, padded, row, first + word);
+      words.word[r] = float_bits(kOperands == kTf32 ? round_tf32(value) : value);
+    }
+  }
+  return words;
 }
 
 template <Operands kOperands, bool kForward>
@@ -48,49 +74,31 @@ pack_kernel(FUSED_LSTM_PARAMS(PackParams) p) {
   const int d = block_index() % p.directions;
   const int blocks = block_count() / p.directions, block = block_index() / p.directions;
   const auto& given = p.direction[d];
-  const T* weight_hh = static_cast<const T*>(given.weight_hh);
-  const int64_t start = int64_t(block) * thread_count() + thread_index();
-  const int64_t step = int64_t(blocks) * thread_count();
 
-  const int row_tiles = tiling.row_tiles;
-  for (int64_t at = start; at < p.words; at += step) {
-    int64_t rest = at / kLanes;
-    const int lane = at % kLanes, m = rest % 2;
-    rest /= 2;
-    const int tile = rest % row_tiles;
-    rest /= row_tiles;
-    const int chunk = rest % tiling.chunks;
-    rest /= tiling.chunks;
-    const int warp = rest % kWarpsInTeam;
-    rest /= kWarpsInTeam;  // slice
-    Words words;
-    for (int r = 0; r < 4; ++r) {
-      int row, word;
-      weight_position<kOperands>(lane, m, r, row, word);
-      row += (int(rest) * row_tiles + tile) * 16;
-      const int first = (warp * tiling.chunks + chunk) * (kChunkBytes / int(sizeof(T)));
-      if constexpr (sizeof(T) == 2) {
-        const int column = first + 2 * word;
-        words.word[r] =
-            element<T, kForward>(weight_hh, p.H, tiling.padded, row, column) |
-            uint32_t(element<T, kForward>(weight_hh, p.H, tiling.padded, row, column + 1)) << 16;
-      } else {
-        const float value = element<T, kForward>(weight_hh, p.H, tiling.padded, row, first + word);
-        words.word[r] = float_bits(kOperands == kTf32 ? round_tf32(value) : value);
-      }
-    }
-    store_words(given.packed + at, words);
+  // A warp takes the words of one chunk of one tile, whose place it finds by divisions, at a time.
+  const int lane = thread_index() % kLanes, warps = thread_count() / kLanes;
+  const int row_tiles = tiling.row_tiles, pieces = int(p.words / (2 * kLanes));
+  for (int piece = block * warps + thread_index() / kLanes; piece < pieces;
+       piece += blocks * warps) {
+    const int tile = piece % row_tiles, chunks = piece / row_tiles;  // of all warps and slices
+    const int chunk = chunks % (kWarpsInTeam * tiling.chunks);       // of all warps
+    const int slice = chunks / (kWarpsInTeam * tiling.chunks);
+    for (int m = 0; m < 2; ++m)
+      store_words(given.packed + (int64_t(piece) * 2 + m) * kLanes + lane,
+                  packed<kOperands, kForward>(given.weight_hh, p.H, tiling.padded,
+                                              slice * row_tiles + tile, chunk, lane, m));
   }
 
   // As operand() leaves them: no NaN of the user's may look like kNotYet.
   using Operand = typename S::Operand;
   const int columns = p.states_stride / int(sizeof(T));
-  for (int64_t at = start; at < int64_t(p.B) * columns; at += step) {
-    const int column = at % columns;
-    const float h =
-        column < p.H ? S::load(static_cast<const T*>(given.h_0)[at / columns * p.H + column]) : 0;
-    reinterpret_cast<Operand*>(given.states)[at] = Operand(operand<kOperands>(h));
-  }
+  for (int b = block; columns > 0 && b < p.B; b += blocks)
+    for (int column = thread_index(); column < columns; column += thread_count()) {
+      const T* h_0 = static_cast<const T*>(given.h_0) + int64_t(b) * p.H;
+      const float h = column < p.H ? S::load(h_0[column]) : 0;
+      reinterpret_cast<Operand*>(given.states)[int64_t(b) * columns + column] =
+          Operand(operand<kOperands>(h));
+    }
 }
 
 template <Operands kOperands>
