@@ -180,6 +180,9 @@ PYBIND11_MODULE(_C, m) {
       "pass_: forward, backward; operands: bfloat16, float16, tf32, float32. device: of which "
       "to\nthink, as (multiprocessors, shared memory of a block in bytes, major, minor), or "
       "None for the\ncurrent one. Raises ValueError for other words, RuntimeError without a GPU.");
+  m.def("cuda_single", &cuda::is_single, py::arg("T"), py::arg("B"), py::arg("weight_bytes"),
+        "Whether a forward without projection, of so many bytes of weights a direction, is one "
+        "launch.");
   m.def("cuda_usable", &cuda::usable,
         "Whether the CUDA kernels were compiled for the current device.");
 #endif

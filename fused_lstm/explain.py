@@ -190,7 +190,11 @@ def layers_at_once(call: Call) -> bool:
 
 
 def _cuda_plan(pass_: str, call: Call) -> str:
-    # csrc/cuda/host.cpp asks for no plan for these two.
+    # csrc/cuda/host.cpp asks for no plan for these.
+    if pass_ == "forward" and not call.options.proj_size:
+        elements = sum(weight.numel() for weight in call.weights[:2])
+        if _C.cuda_single(_steps(call), call.batch, elements * call.dtype.itemsize):
+            return "one launch: both products and the cell"
     if call.dtype is torch.float64 or call.options.proj_size:
         why = "float64" if call.dtype is torch.float64 else "proj_size"
         return f"a product and a fused cell for each step: {why}"

@@ -289,6 +289,27 @@ def test_step_path(emulation: Emulation, case: Case, operands: str, seed: int) -
     check(emulation, case, operands, schedules(1, seed))
 
 
+@pytest.mark.parametrize("operands", ["bf16", "f16", "tf32", "f32", "f64"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(H=1, T=1, B=1),
+        Options(I=33, H=17, T=1, B=1, bidirectional=True, bias=False),
+        Options(I=65, H=33, T=1, B=3, given_hx=False),
+        Options(I=5, H=129, T=1, B=8, bidirectional=True, kind="packed"),
+    ],
+    ids=str,
+)
+def test_one_step_of_few_rows(
+    emulation: Emulation, options: Options, operands: str, seed: int
+) -> None:
+    """By one launch, whose sums have one order; the backward takes the step path."""
+    check(emulation, Case(options, persistent=False), operands, schedules(3, seed))
+    with emulation.schedule(seed, "random"):
+        infer(operands, *made(options, operands))
+        assert emulation.counts()["launches"] == 1
+
+
 @pytest.mark.parametrize("case", [CASES[1], CASES[3]], ids=str)
 def test_step_path_in_float64(emulation: Emulation, case: Case, seed: int) -> None:
     check(emulation, replace(case, persistent=False), "f64", schedules(1, seed))

@@ -37,6 +37,7 @@ LIMITS: dict[str, tuple[int, int]] = {
     "forward_kernel kTf32": (256, 197),
     "forward_step_kernel": (64, 0),
     "pack_kernel": (64, 0),
+    "single_step_kernel": (152, 0),
     "sum_kernel": (40, 0),
     "upload_kernel": (32, 0),
 }

@@ -327,9 +327,9 @@ def test_plans_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
 
-    def told(dtype: torch.dtype, **options: Any) -> str:
+    def told(dtype: torch.dtype, pass_: str = "backward", **options: Any) -> str:
         lstm = FusedLSTM(4, 3, dtype=dtype, **options)
-        return inside._cuda_plan("backward", lstm._prepare(randn(X).to(dtype), None, None))
+        return inside._cuda_plan(pass_, lstm._prepare(randn(X).to(dtype), None, None))
 
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert told(dtype, num_layers=2, bidirectional=True) == "made up"
@@ -342,6 +342,11 @@ def test_plans_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told(torch.float64) == "a product and a fused cell for each step: float64"
     assert told(torch.float32, proj_size=2) == "a product and a fused cell for each step: proj_size"
     assert len(asked) == 5
+
+    monkeypatch.setattr(_C, "cuda_single", lambda *of: asked.append(of) or True, raising=False)
+    assert told(torch.float64, "forward") == "one launch: both products and the cell"
+    assert asked[5] == (5, 2, 4 * 3 * (4 + 3) * 8)
+    assert told(torch.float32, "forward", proj_size=2).endswith(": proj_size")
 
 
 def test_plans_of_triton_in_words() -> None:

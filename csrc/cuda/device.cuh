@@ -52,6 +52,9 @@ FUSED_LSTM_DEVICE uint32_t shuffle_xor(uint32_t value, int mask) {
 FUSED_LSTM_DEVICE float shuffle_xor(float value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
+FUSED_LSTM_DEVICE double shuffle_xor(double value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
 
 FUSED_LSTM_DEVICE uint32_t float_bits(float value) { return __float_as_uint(value); }
 FUSED_LSTM_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }

@@ -168,7 +168,48 @@ class BackwardRecurrence {
   const Launcher launcher_;
 };
 
-using Implementation = Operators<forward_by<ForwardRecurrence>, backward_by<BackwardRecurrence>>;
+bool is_single(const LayerCall& call) {
+  const Layer& layer = call.layer;
+  const int64_t bytes = 4 * layer.H * (layer.I + layer.H) * call.input.element_size();
+  return !layer.projected && cuda::is_single(layer.T, layer.B, bytes);
+}
+
+Results forward_single(const ForwardCall& call) {
+  const Layer& layer = call.layer;
+  const CurrentDevice device(call.input);
+  const Results results(call, empty);
+  SingleStep step{call.dtype,
+                  int32_t(layer.B),
+                  int32_t(layer.I),
+                  int32_t(layer.H),
+                  data(call.input),
+                  call.input.stride(layer.packed ? 0 : 1),
+                  layer.directions * layer.H,
+                  int32_t(layer.directions),
+                  {}};
+  for (int64_t d = 0; d < layer.directions; ++d) {
+    const Weights& w = layer.weights[d];
+    step.direction[d] = {.weight_ih = data(w.ih),
+                         .weight_hh = data(w.hh),
+                         .bias_ih = data(w.bias_ih),
+                         .bias_hh = data(w.bias_hh),
+                         .h_0 = part(call.h_0, d),
+                         .c_0 = part(call.c_0, d),
+                         .output = columns(results.output, d * layer.H),
+                         .h_n = part(results.h_n, d),
+                         .c_n = part(results.c_n, d),
+                         .gates = part(results.gates, d),
+                         .cells = part(results.cells, d)};
+  }
+  check(run(step, device.stream));
+  return results;
+}
+
+Results forward(const ForwardCall& call) {
+  return is_single(call) ? forward_single(call) : forward_by<ForwardRecurrence>(call);
+}
+
+using Implementation = Operators<forward, backward_by<BackwardRecurrence>>;
 
 }  // namespace
 

@@ -83,6 +83,33 @@ const char* run(const Plan& plan, const BackwardLaunch& call, void* workspace, S
 // memory, no wait, and a captured graph keeps its own copy.
 const char* upload(const RowRun* rows, int32_t count, RowRun* device_rows, Stream stream);
 
+// --- one step of few rows: one launch ------------------------------------------------------------
+
+struct SingleDirection {
+  const void* weight_ih;  // (4H, I)
+  const void* weight_hh;  // (4H, H)
+  const void* bias_ih;    // (4H), null without bias
+  const void* bias_hh;    // (4H), null without bias
+  const void* h_0;        // (B, H)
+  const void* c_0;        // (B, H)
+  void* output;           // (B, H), rows output_stride apart
+  void* h_n;              // (B, H)
+  void* c_n;              // (B, H)
+  void* gates;            // (B, 4H) activated, null where nothing is saved
+  void* cells;            // (B, H), null where nothing is saved
+};
+
+struct SingleStep {
+  Dtype dtype;
+  int32_t B, I, H;    // B at most kMostSingleRows
+  const void* input;  // (B, I), rows input_stride apart
+  int64_t input_stride, output_stride;
+  int32_t directions;
+  SingleDirection direction[2];
+};
+
+const char* run(const SingleStep& step, Stream stream);
+
 // --- the step path: a product by cuBLAS and one of these a step ----------------------------------
 
 // The states h (B, P), c (B, H) are kept in place from step to step, c in float (double for

@@ -82,6 +82,15 @@ struct Plan {
   int partials, bias, cell, handed, states, shared_bytes;
 };
 
+// A call of one step and so few rows is one launch (single.cu), where its weights are not so large
+// that reading them takes longer than the five to seven launches of the step path. Reckoned, not
+// measured.
+constexpr int kMostSingleRows = 8;
+constexpr int64_t kMostSingleBytes = 32 << 20;  // of a direction's weights: some 15 us on an H100
+inline bool is_single(int64_t T, int64_t B, int64_t weight_bytes) {
+  return T == 1 && B <= kMostSingleRows && weight_bytes <= kMostSingleBytes;
+}
+
 Plan plan(const Device& device, Pass pass, Operands operands, int T, int B, int H, int directions);
 
 // Tiles of 16 rows of weights that a warp multiplies.

@@ -17,6 +17,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <source_location>
 
 #include "cuda/launch.h"
@@ -94,6 +95,14 @@ inline uint32_t shuffle_xor(uint32_t value, int mask,
 }
 inline float shuffle_xor(float value, int mask, emulation::Site site = emulation::Site::current()) {
   return bits_float(shuffle_xor(float_bits(value), mask, site));
+}
+inline double shuffle_xor(double value, int mask,
+                          emulation::Site site = emulation::Site::current()) {
+  uint32_t words[2];
+  std::memcpy(words, &value, sizeof value);
+  for (uint32_t& word : words) word = shuffle_xor(word, mask, site);
+  std::memcpy(&value, words, sizeof value);
+  return value;
 }
 
 inline void mma_bf16(float (&d)[4], const Words& a, uint32_t b0, uint32_t b1,
