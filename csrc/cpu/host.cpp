@@ -15,10 +15,11 @@ namespace fused_lstm::cpu {
 
 namespace {
 
-// Multiply-adds.
-int64_t products_of(const Layer& layer) {
-  return layer.N * 4 * layer.H * (layer.I + layer.P) * layer.directions;
+// Multiply-adds of a layer of this one's shape, but with so many inputs.
+int64_t products_of(const Layer& layer, int64_t inputs) {
+  return layer.N * 4 * layer.H * (inputs + layer.P) * layer.directions;
 }
+int64_t products_of(const Layer& layer) { return products_of(layer, layer.I); }
 
 Threads threads_for(int64_t products) {
   return {products, at::in_parallel_region() ? 1 : at::get_num_threads()};
@@ -112,8 +113,8 @@ class Stack {
     ForwardCall call = call_of(0, input);
     const Layer& first = call.layer;
     const int64_t D = first.directions;
-    const int64_t of_another = first.N * 4 * first.H * (D + 1) * first.P * D;
-    const Threads threads = threads_for(products_of(first) + (layers_ - 1) * of_another);
+    const int64_t above = (layers_ - 1) * products_of(first, D * first.P);
+    const Threads threads = threads_for(products_of(first) + above);
     const Kernel& kernel = active_kernel(call.dtype);
     const bool at_once =
         first.N > 0 && D == 1 &&
