@@ -18,7 +18,7 @@
 #pragma once
 
 #include "activations.h"
-#include "team.h"
+#include "claims.h"
 
 namespace fused_lstm::cpu::FUSED_LSTM_ISA {
 
@@ -51,6 +51,7 @@ struct BackwardPass {
   char* private_base;
   int64_t private_bytes;
   Barriers barriers;  // one for all threads, then one a row group of each direction
+  Claims claims;
 
   BackwardPass(const Backward* args, int directions, int threads)
       : args(args), seq(args[0].seq), directions(directions) {
@@ -74,6 +75,7 @@ struct BackwardPass {
   int64_t lay_out(void* workspace) {
     Arena arena{static_cast<char*>(workspace)};
     barriers.take(arena, 1 + directions * team.row_groups);
+    claims.take(arena, team.helpers(directions));
     for (int d = 0; d < directions; ++d) {
       Direction& dir = direction[d];
       dir.hidden_panels = arena.take<Elem>(hidden.padded() * g_padded);
@@ -105,6 +107,7 @@ struct BackwardPass {
 
   void prepare(int thread) const {
     const int threads = team.threads();
+    if (thread == 0) claims.clear();
     for (int d = 0; d < directions; ++d) {
       for (int64_t b = thread; needs_product() && b < hidden.count(); b += threads) {
         const int64_t first = hidden.first(b);
@@ -148,9 +151,12 @@ struct BackwardPass {
     Range mine = share(hidden.count(), place.unit_group, team.unit_groups);
     Range cells = share(units.count(), place.unit_group, team.unit_groups);
     Barrier& barrier = barriers[1 + d * team.row_groups + place.row_group];
+    Sharing sharing = claims.sharing(team, d, place, hidden.count());
     int meeting = team.unit_groups;
     const auto goes_on = [&] {
-      return meet(barrier, meeting, mine, hidden.count(), cells, units.count());
+      const bool does = meet(barrier, meeting, mine, hidden.count(), cells, units.count());
+      if (meeting == 1) sharing.claims = nullptr;
+      return does;
     };
     const bool turns = Order::turns(rows.end - rows.begin, sizeof(Elem));
     Step step{};
@@ -162,9 +168,8 @@ struct BackwardPass {
       step.active = s < seq.T ? seq.rows(step.t) : 0;
       step.continued = s < seq.T ? a.seq.continued(step.t) : 0;
       step.first_cell = step.continued > 0 ? seq.first_row(a.seq.before(step.t)) : 0;
-      const Order order(mine, turns && s % 2);
-      for (int64_t i = 0; i < order.count(); ++i)
-        hidden_step(d, order[i], order.following(i), step, rows, sums);
+      StepBlocks blocks(sharing, mine, s, turns && s % 2);
+      while (blocks.next()) hidden_step(d, blocks.block(), blocks.following(), step, rows, sums);
       if (seq.projected && s < seq.T) {
         if (!goes_on()) return;
         for (int64_t block = cells.begin; block < cells.end; ++block)

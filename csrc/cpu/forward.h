@@ -14,6 +14,7 @@
 #pragma once
 
 #include "cell.h"
+#include "claims.h"
 #include "dense.h"
 #include "forward_plan.h"
 
@@ -47,6 +48,7 @@ struct ForwardPass : ForwardPlan {
     Range rows, units, projected;  // units: blocks of them; projected: blocks of the projection
     int meeting;                   // threads that share its steps
     Barrier* barrier;
+    Sharing sharing;  // of the blocks of units
     A* ahead = nullptr;
     Private own = {};
   };
@@ -73,6 +75,7 @@ struct ForwardPass : ForwardPlan {
   char* private_base;
   int64_t private_bytes;
   Barriers barriers;  // one for all threads, then one a row group of each direction
+  Claims claims;
 
   ForwardPass() = default;
   ForwardPass(const Forward* args, int directions, int threads, int64_t most_steps = 0)
@@ -91,6 +94,7 @@ struct ForwardPass : ForwardPlan {
   int64_t lay_out(void* workspace) {
     Arena arena{static_cast<char*>(workspace)};
     barriers.take(arena, 1 + directions * team.row_groups);
+    claims.take(arena, team.helpers(directions));
     for (int d = 0; d < directions; ++d) {
       Direction& dir = direction[d];
       dir.input_panels = arena.take<Elem>(dense ? 0 : blocks * kWidth * x_padded);
@@ -133,6 +137,7 @@ struct ForwardPass : ForwardPlan {
 
   // Weights into panels, initial states into place: shared out among so many threads.
   void prepare(int thread, int threads) const {
+    if (thread == 0) claims.clear();
     for (int64_t item = thread; item < blocks * directions; item += threads)
       pack_block(int(item / blocks), item % blocks);
     for (int64_t item = thread; item < projection.count() * directions; item += threads) {
@@ -182,7 +187,8 @@ struct ForwardPass : ForwardPlan {
               share(blocks, place.unit_group, team.unit_groups),
               share(projection.count(), place.unit_group, team.unit_groups),
               team.unit_groups,
-              &barriers[1 + d * team.row_groups + place.row_group]};
+              &barriers[1 + d * team.row_groups + place.row_group],
+              claims.sharing(team, d, place, blocks)};
     const int64_t group = place.direction * team.row_groups + place.row_group;
     part.ahead = inputs_ahead + (group * slots + slot) * blocks * chunk_rows * kWidth;
     Arena arena{private_base + (thread * slots + slot) * private_bytes};
@@ -193,6 +199,7 @@ struct ForwardPass : ForwardPlan {
   void run_direction(Part part) const {
     for (int64_t s = 0; s < seq.T; s += chunk_steps) {
       take_inputs(part, s);
+      if (ahead && part.sharing.claims && !goes_on(part)) return;  // for whoever helps
       if (!run_steps(part, s)) return;
     }
     write_c_n(part);
@@ -220,9 +227,9 @@ struct ForwardPass : ForwardPlan {
       const Range active = rows_at(t, part.rows);
       const int64_t next = s + 1 < seq.T ? seq.rows(a.seq.step(s + 1, false)) : 0;
       const Step step{part.d, s, t, seq.first_row(t), next, active};
-      const Order order(part.units, turns && s % 2);
-      for (int64_t i = 0; i < order.count(); ++i) {
-        const int64_t block = order[i];
+      StepBlocks units(part.sharing, part.units, s, turns && s % 2);
+      while (units.next()) {
+        const int64_t block = units.block();
         const A* inputs = part.own.inputs;
         if (ahead) {
           inputs = part.ahead + (block * chunk_rows + inputs_at) * kWidth;
@@ -232,7 +239,7 @@ struct ForwardPass : ForwardPlan {
           input_product(part.d, block, x, copy_input ? x_stride : a.input_stride_b,
                         count_of(active), part.own.inputs);
         }
-        hidden_step(step, block, order.following(i), inputs, part.own);
+        hidden_step(step, block, units.following(), inputs, part.own);
       }
       inputs_at += count_of(active);
       if (!goes_on(part)) return false;
@@ -246,8 +253,10 @@ struct ForwardPass : ForwardPlan {
   }
 
   bool goes_on(Part& part) const {
-    return meet(*part.barrier, part.meeting, part.units, blocks, part.projected,
-                projection.count());
+    const bool does =
+        meet(*part.barrier, part.meeting, part.units, blocks, part.projected, projection.count());
+    if (part.meeting == 1) part.sharing.claims = nullptr;
+    return does;
   }
 
   void write_c_n(const Part& part) const {

@@ -12,11 +12,12 @@
 // chunks that fit the second-level cache; a chunk's x and h_{t-1} are packed as strips, the
 // product's operand, from where they lie (any strides, packed or not, h_0 at the ends), and its
 // dgates, which are more, as panels: those take fewer instructions to pack, and only one is there
-// at a time. Calls of a few rows go another way: gradients_few.h.
+// at a time. Threads pack a part of a chunk's strips each, and meet once a chunk: the next one's
+// are packed into other memory meanwhile. Calls of a few rows go another way: gradients_few.h.
 #pragma once
 
+#include "claims.h"
 #include "gradients_few.h"
-#include "team.h"
 
 namespace fused_lstm::cpu::FUSED_LSTM_ISA {
 
@@ -39,6 +40,8 @@ struct GradientsPass {
   // One product of the rows' transposes: right's `columns` meet left's, which are in blocks of a
   // panel's width.
   struct Job {
+    int d;
+    bool projection;
     const T* left;
     ColumnBlocks blocks;
     int64_t columns;
@@ -52,9 +55,10 @@ struct GradientsPass {
   bool copy_dgates;
   ColumnBlocks input_columns;
   Elem* input_panels[2];
-  char* private_base;
+  char *job_base, *private_base;
   int64_t private_bytes;
-  Barriers barriers;
+  Barriers barriers;  // one that nobody meets at, then the one for all threads
+  Claims claims;
 
   GradientsPass(const Gradients* args, int directions, int threads)
       : args(args), seq(args[0].seq), directions(directions), threads(threads) {
@@ -68,35 +72,48 @@ struct GradientsPass {
 
   int64_t lay_out(void* workspace) {
     Arena arena{static_cast<char*>(workspace)};
-    barriers.take(arena, 1);
+    barriers.take(arena, 2);
     if (N <= kFewRows) {
       private_base = static_cast<char*>(workspace) + arena.used;
       private_bytes = round_up(few_rows().workspace(), 4096);
       return arena.used + private_bytes * threads;
     }
+    claims.take(arena, threads > 1 ? threads : 0);
     for (int d = 0; d < directions; ++d)
       input_panels[d] = arena.take<Elem>(input_columns.padded() * g_padded);
-    private_base = static_cast<char*>(workspace) + arena.used;
-    // a thread does one job after another in the same space
+    // One job is done after another in the same space.
     private_bytes = 64 * kWidth * int64_t(sizeof(A));
     if (copy_dgates) private_bytes += kInputRows * g_stride * int64_t(sizeof(Elem));
+    int64_t job_bytes = 0;
     for (int d = 0; d < directions; ++d)
       for (int projection = 0; projection < 2; ++projection) {
-        Arena one{nullptr};
-        lay_out_job(job_of(d, projection), one);
-        if (one.used > private_bytes) private_bytes = one.used;
+        Arena shared{nullptr}, own{nullptr};
+        lay_out_job(job_of(d, projection), shared, own);
+        if (shared.used > job_bytes) job_bytes = shared.used;
+        if (own.used > private_bytes) private_bytes = own.used;
       }
+    job_base = static_cast<char*>(workspace) + arena.used;
+    private_base = job_base + round_up(job_bytes, 4096);
     private_bytes = round_up(private_bytes + 4096, 4096);
-    return arena.used + private_bytes * threads;
+    return arena.used + round_up(job_bytes, 4096) + private_bytes * threads;
   }
 
   int team_size() const { return threads; }
-  int64_t group_products() const { return 0; }  // its threads meet but once
+  int64_t group_products() const { return N * 4 * seq.H * (seq.I + seq.P) * directions; }
+
+  // A thread that is still at it.
+  struct Worker {
+    int thread;
+    char* own;
+    int meeting;       // threads that meet
+    int64_t step = 0;  // times that something was shared out
+  };
 
   void run(int thread) const {
     if (thread >= threads) return;
-    char* own = private_base + thread * private_bytes;
-    if (N <= kFewRows) return few_rows().run(thread, reinterpret_cast<A*>(own));
+    Worker worker{thread, private_base + thread * private_bytes, threads};
+    if (N <= kFewRows) return few_rows().run(thread, reinterpret_cast<A*>(worker.own));
+    if (thread == 0) claims.clear();
     for (int d = 0; d < directions; ++d)
       for (int64_t b = thread; b < input_columns.count(); b += threads) {
         const int64_t first = input_columns.first(b);
@@ -106,11 +123,22 @@ struct GradientsPass {
       }
     for (int d = 0; d < directions; ++d)
       for (int projection = 0; projection < 2; ++projection)
-        weight_gradient(d, projection, thread, own);
-    if (input_columns.columns > 0) {
-      barriers[0].wait(threads);
-      input_gradient(thread, own);
-    }
+        if (!weight_gradient(job_of(d, projection), worker)) return;
+    if (input_columns.columns > 0 && goes_on(worker)) input_gradient(worker);
+  }
+
+  // Meets the others; false where another thread does the rest.
+  bool goes_on(Worker& worker) const {
+    worker.meeting = barriers[1].wait(worker.meeting);
+    return worker.meeting > 0;
+  }
+  // A worker's share of so many things, and those that it does in the end.
+  Range share_of(const Worker& worker, int64_t count) const {
+    return worker.meeting < threads ? Range{0, count} : share(count, worker.thread, threads);
+  }
+  StepBlocks blocks_of(Worker& worker, int64_t count) const {
+    Claim* const of_all = threads == 1 || worker.meeting < threads ? nullptr : claims.first;
+    return {{count, worker.thread, threads, of_all}, share_of(worker, count), worker.step++, false};
   }
 
   FewRowsGradients<T> few_rows() const { return {args, seq, directions, threads, N}; }
@@ -118,120 +146,160 @@ struct GradientsPass {
   Job job_of(int d, bool projection) const {
     const Gradients& a = args[d];
     if (projection)
-      return {static_cast<const T*>(a.grad_projected), ColumnBlocks(seq.P, V, threads),
-              a.grad_weight_hr ? seq.H : 0};
-    return {static_cast<const T*>(a.dgates), ColumnBlocks(4 * seq.H, V, threads),
+      return {d, projection, static_cast<const T*>(a.grad_projected),
+              ColumnBlocks(seq.P, V, threads), a.grad_weight_hr ? seq.H : 0};
+    return {d, projection, static_cast<const T*>(a.dgates), ColumnBlocks(4 * seq.H, V, threads),
             (a.grad_weight_ih ? seq.I : 0) + (a.grad_weight_hh ? seq.P : 0)};
   }
 
+  // `strips`, of the chunk in work and the next, `sums` and `bias` are all threads'.
   struct Buffers {
-    Elem *strips, *rows, *step, *panel;
-    A* sums;  // [block][strips * R][kWidth]: of the blocks that aren't complete
+    Elem *strips[2], *rows, *step, *panel;
+    A* sums;  // [block][strips * R][kWidth]: where there are several chunks
     A* bias;  // (blocks * kWidth)
+    A* block_sums;
   };
 
   // As wide as whole strips and whole vectors of right are.
   static int64_t right_stride(const Job& job) { return round_up(job.strips() * R, V); }
 
-  Buffers lay_out_job(const Job& job, Arena& arena) const {
-    const int64_t blocks = (job.blocks.count() + threads - 1) / threads;
+  Buffers lay_out_job(const Job& job, Arena& shared, Arena& own) const {
+    const int64_t blocks = job.blocks.count(), block_sums = job.strips() * R * kWidth;
     Buffers buffers;
-    buffers.strips = arena.take<Elem>(job.strips() * kStripSize);
-    buffers.rows = arena.take<Elem>(Gemm::kPadK * right_stride(job));
-    buffers.step = arena.take<Elem>(Gemm::kStepK * right_stride(job));
-    buffers.panel = arena.take<Elem>(kChunk * job.blocks.width());
-    buffers.sums = arena.take<A>((N > kChunk ? blocks : 1) * job.strips() * R * kWidth);
-    buffers.bias = arena.take<A>(blocks * kWidth);
+    buffers.strips[0] = shared.take<Elem>(job.strips() * kStripSize);
+    buffers.strips[1] = threads > 1 ? shared.take<Elem>(job.strips() * kStripSize) : nullptr;
+    buffers.sums = shared.take<A>(N > kChunk ? blocks * block_sums : 0);
+    buffers.bias = shared.take<A>(blocks * kWidth);
+    buffers.rows = own.take<Elem>(Gemm::kPadK * right_stride(job));
+    buffers.step = own.take<Elem>(Gemm::kStepK * right_stride(job));
+    buffers.panel = own.take<Elem>(kChunk * job.blocks.width());
+    buffers.block_sums = own.take<A>(N > kChunk ? 0 : block_sums);
     return buffers;
-  }
-
-  void weight_gradient(int d, bool projection, int thread, char* own) const {
-    const Job job = job_of(d, projection);
-    void* const bias = projection ? nullptr : args[d].grad_bias;
-    if (job.columns == 0 && !bias) return;
-    Arena arena{own};
-    const Buffers buffers = lay_out_job(job, arena);
-    const Range mine = share(job.blocks.count(), thread, threads);
-    memset(buffers.bias, 0, size_t((mine.end - mine.begin) * kWidth) * sizeof(A));
-    Row row{0, 0};
-    for (int64_t k = 0; k < N; k += kChunk) {
-      const int64_t count = N - k < kChunk ? N - k : kChunk;
-      pack_right(d, projection, job, k, count, row, buffers);
-      for (int64_t block = mine.begin; block < mine.end; ++block) {
-        const int64_t index = block - mine.begin;
-        A* sums = buffers.sums + (N > kChunk ? index * job.strips() * R * kWidth : 0);
-        add_chunk(job, k, count, block, sums, buffers);
-        if (k + kChunk >= N) emit(args[d], projection, job, block, sums);
-        if (bias) add_rows(job, k, count, block, buffers.bias + index * kWidth);
-      }
-    }
-    for (int64_t block = mine.begin; bias && block < mine.end; ++block)
-      for (int v = 0; v < job.blocks.vectors_of(block); ++v) {
-        const int64_t m = job.blocks.first(block) + v * V;
-        store_lanes<false>(static_cast<T*>(bias) + m,
-                           load(buffers.bias + (block - mine.begin) * kWidth + v * V),
-                           lanes_at<A>(m, job.blocks.columns));
-      }
   }
 
   // A row of the sequence.
   struct Row {
     int64_t t, b;
   };
+  // Rows k to k + count, the first of which is `row`.
+  struct Chunk {
+    int64_t k, count;
+    Row row;
+  };
+  Chunk chunk_at(int64_t k, const Row& row) const {
+    return {k, N - k < kChunk ? N - k : kChunk, row};
+  }
 
-  // Right's rows k to k + count, the first of which is `row`, as strips; `row` becomes the one
-  // behind them.
-  void pack_right(int d, bool projection, const Job& job, int64_t k, int64_t count, Row& row,
+  // False where another thread does the rest.
+  bool weight_gradient(const Job& job, Worker& worker) const {
+    void* const bias = job.projection ? nullptr : args[job.d].grad_bias;
+    if (job.columns == 0 && !bias) return true;
+    Arena shared{job_base}, own{worker.own};
+    const Buffers buffers = lay_out_job(job, shared, own);
+    if (worker.step > 0 && !goes_on(worker)) return false;  // the job before had the same memory
+    const bool ahead = buffers.strips[1];
+    Chunk chunk = chunk_at(0, {0, 0});
+    pack_right(job, chunk, worker, buffers);
+    while (chunk.count > 0) {
+      if (!goes_on(worker)) return false;
+      const Chunk next = chunk_at(chunk.k + chunk.count, row_after(chunk.row, chunk.count));
+      if (ahead) pack_right(job, next, worker, buffers);
+      StepBlocks blocks = blocks_of(worker, job.blocks.count());
+      while (blocks.next()) add_block(job, chunk, blocks.block(), buffers);
+      if (!ahead) pack_right(job, next, worker, buffers);
+      chunk = next;
+    }
+    return true;
+  }
+
+  Row row_after(Row row, int64_t count) const {
+    for (; count > 0; row = {row.t + 1, 0}) {
+      const int64_t left = seq.rows(row.t) - row.b;
+      if (count < left) return {row.t, row.b + count};
+      count -= left;
+    }
+    return row;
+  }
+
+  static Elem* strips_of(const Chunk& chunk, const Buffers& buffers) {
+    return buffers.strips[buffers.strips[1] ? chunk.k / kChunk % 2 : 0];
+  }
+
+  // A worker's part of right's rows of a chunk, as strips.
+  void pack_right(const Job& job, const Chunk& chunk, const Worker& worker,
                   const Buffers& buffers) const {
-    const int64_t stride = right_stride(job), padded = round_up(count, Gemm::kPadK);
-    for (int64_t i = 0; i < padded; ++i) {
-      fill_right(d, projection, i < count, row, k + i, stride,
-                 buffers.rows + i % Gemm::kPadK * stride);
-      if (i < count && ++row.b == seq.rows(row.t)) row = {row.t + 1, 0};
-      if ((i + 1) % Gemm::kPadK == 0)
+    constexpr int64_t pad = Gemm::kPadK;
+    const int64_t stride = right_stride(job);
+    const Range mine = share_of(worker, round_up(chunk.count, pad) / pad);
+    Row row = row_after(chunk.row, mine.begin * pad);
+    Elem* const strips = strips_of(chunk, buffers);
+    for (int64_t i = mine.begin * pad; i < mine.end * pad; ++i) {
+      const bool there = i < chunk.count;
+      fill_right(job, there, row, chunk.k + i, stride, buffers.rows + i % pad * stride);
+      if (there) row = row_after(row, 1);
+      if ((i + 1) % pad == 0)
         pack_strips<Gemm>(buffers.rows, stride, job.strips(), kStripSize, buffers.step,
-                          buffers.strips + (i + 1 - Gemm::kPadK) * R);
+                          strips + (i + 1 - pad) * R);
     }
   }
 
-  // A block of left's columns over rows k to k + count, on top of `sums`.
-  void add_chunk(const Job& job, int64_t k, int64_t count, int64_t block, A* sums,
-                 const Buffers& buffers) const {
+  // A block of left's columns over a chunk's rows, on top of what the chunks before have left.
+  void add_block(const Job& job, const Chunk& chunk, int64_t block, const Buffers& buffers) const {
+    A* const sums =
+        N > kChunk ? buffers.sums + block * job.strips() * R * kWidth : buffers.block_sums;
+    const bool last = chunk.k + chunk.count == N;
+    add_products(job, chunk, block, sums, buffers);
+    if (last) emit(job, block, sums);
+    if (job.projection || !args[job.d].grad_bias) return;
+    A* const bias = buffers.bias + block * kWidth;
+    add_rows(job, chunk, block, bias);
+    for (int v = 0; last && v < job.blocks.vectors_of(block); ++v) {
+      const int64_t m = job.blocks.first(block) + v * V;
+      store_lanes<false>(static_cast<T*>(args[job.d].grad_bias) + m, load(bias + v * V),
+                         lanes_at<A>(m, job.blocks.columns));
+    }
+  }
+
+  void add_products(const Job& job, const Chunk& chunk, int64_t block, A* sums,
+                    const Buffers& buffers) const {
     static const A zeros[kWidth] = {};
     const int64_t m = job.blocks.first(block), all = job.blocks.columns;
     const int vectors = job.blocks.vectors_of(block);
-    pack_dense_columns<Gemm>(job.left + k * all + m, all, count, vectors, all - m, buffers.panel);
-    const int64_t steps = round_up(count, Gemm::kPadK) / Gemm::kStepK;
+    pack_dense_columns<Gemm>(job.left + chunk.k * all + m, all, chunk.count, vectors, all - m,
+                             buffers.panel);
+    const int64_t steps = round_up(chunk.count, Gemm::kPadK) / Gemm::kStepK;
+    const Elem* const strips = strips_of(chunk, buffers);
     for (int64_t s = 0; s < job.strips(); ++s, sums += R * kWidth)
       Gemm::run(R, vectors,
-                {buffers.strips + s * kStripSize, Gemm::strip_stride(), Gemm::strip_step(),
-                 buffers.panel, steps, k ? sums : zeros, k ? kWidth : 0, sums});
+                {strips + s * kStripSize, Gemm::strip_stride(), Gemm::strip_step(), buffers.panel,
+                 steps, chunk.k ? sums : zeros, chunk.k ? kWidth : 0, sums});
   }
 
-  // sums += the sum of left's rows k to k + count, of one block.
-  void add_rows(const Job& job, int64_t k, int64_t count, int64_t block, A* sums) const {
+  // sums += the sum of a chunk's rows of left, of one block; the first chunk's begin it.
+  void add_rows(const Job& job, const Chunk& chunk, int64_t block, A* sums) const {
     const int64_t all = job.blocks.columns;
     for (int v = 0; v < job.blocks.vectors_of(block); ++v) {
       const int64_t m = job.blocks.first(block) + v * V;
       const int lanes = lanes_at<A>(m, all);
-      const T* from = job.left + k * all + m;
+      const T* from = job.left + chunk.k * all + m;
       Vec<A> sum{};
       if (lanes == V) {
-        for (int64_t i = 0; i < count; ++i) sum += load(from + i * all);
+        for (int64_t i = 0; i < chunk.count; ++i) sum += load(from + i * all);
       } else {
-        for (int64_t i = 0; i < count; ++i) sum += load_part(from + i * all, lanes);
+        for (int64_t i = 0; i < chunk.count; ++i) sum += load_part(from + i * all, lanes);
       }
-      store(sums + v * V, load(sums + v * V) + sum);
+      store(sums + v * V, chunk.k ? load(sums + v * V) + sum : sum);
     }
   }
 
   // Row k of [x | h_{t-1}], or of o tanh(c); zeros behind the last row and the last column.
-  void fill_right(int d, bool projection, bool there, const Row& from, int64_t k, int64_t stride,
+  void fill_right(const Job& job, bool there, const Row& from, int64_t k, int64_t stride,
                   Elem* row) const {
-    const Gradients& a = args[d];
+    const Gradients& a = args[job.d];
     Elem* end = row + stride;
-    if (there && projection) row = append(static_cast<const T*>(a.hidden) + k * seq.H, seq.H, row);
-    if (there && !projection) {
+    if (there && job.projection)
+      row = append(static_cast<const T*>(a.hidden) + k * seq.H, seq.H, row);
+    if (there && !job.projection) {
       if (a.grad_weight_ih) row = append(input_of<T>(a, from.t, from.b), seq.I, row);
       if (a.grad_weight_hh) row = append(hidden_before<T>(a, from.t, from.b), seq.P, row);
     }
@@ -244,8 +312,8 @@ struct GradientsPass {
   }
 
   // One block's columns, as rows of the gradients that they belong to.
-  void emit(const Gradients& a, bool projection, const Job& job, int64_t block,
-            const A* sums) const {
+  void emit(const Job& job, int64_t block, const A* sums) const {
+    const Gradients& a = args[job.d];
     const auto take = [&](void* gradient, int64_t count) {
       if (!gradient) return;
       for (int v = 0; v < job.blocks.vectors_of(block); ++v)
@@ -261,19 +329,20 @@ struct GradientsPass {
         }
       sums += count * kWidth;
     };
-    if (projection) return take(a.grad_weight_hr, seq.H);
+    if (job.projection) return take(a.grad_weight_hr, seq.H);
     take(a.grad_weight_ih, seq.I);
     take(a.grad_weight_hh, seq.P);
   }
 
-  void input_gradient(int thread, char* own) const {
-    const Range chunks = share((N + kInputRows - 1) / kInputRows, thread, threads);
-    Arena arena{own};
+  void input_gradient(Worker& worker) const {
+    Arena arena{worker.own};
     A* sums = arena.take<A>(64 * kWidth);
     Elem* copied = arena.take<Elem>(copy_dgates ? kInputRows * g_stride : 0);
     static const A zeros[kWidth] = {};
     T* dx = static_cast<T*>(args[0].grad_input);
-    for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+    StepBlocks chunks = blocks_of(worker, (N + kInputRows - 1) / kInputRows);
+    while (chunks.next()) {
+      const int64_t chunk = chunks.block();
       const int64_t begin = chunk * kInputRows,
                     end = begin + kInputRows < N ? begin + kInputRows : N;
       if (copy_dgates && directions == 1) copy_rows(0, begin, end, copied);

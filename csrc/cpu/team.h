@@ -86,8 +86,13 @@ struct StepWork {
 
 struct Team {
   int directions = 1, row_groups = 1, unit_groups = 1;
+  bool helps = false;  // who has done its blocks of a step does others' (claims.h)
 
   int threads() const { return directions * row_groups * unit_groups; }
+  // Threads that help at so many directions, each counted in every one.
+  int64_t helpers(int of_directions) const {
+    return helps ? of_directions * row_groups * unit_groups : 0;
+  }
 
   static Team choose(int threads, int directions, const Sequence& seq, const StepWork& step) {
     Team team;
@@ -108,6 +113,7 @@ struct Team {
     if (step.products < step.fewest) units = 1;
     team.row_groups = int(rows);
     team.unit_groups = int(units);
+    team.helps = units > 1 && step.products >= kBriefProducts;
     return team;
   }
 };

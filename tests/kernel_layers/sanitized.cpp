@@ -16,6 +16,7 @@ int main() {
       {5, 3, 7, 17, 17, false, false, 1, 0},     {4, 33, 33, 33, 33, false, false, 2, 0},
       {9, 17, 3, 129, 129, true, false, 1, 0},   {7, 19, 5, 33, 17, true, true, 2, 0},
       {6, 12, 31, 320, 320, false, false, 1, 0}, {6, 1, 31, 320, 65, false, true, 1, 0},
+      {13, 33, 5, 33, 33, false, false, 2, 0},   {17, 31, 7, 65, 33, true, true, 1, 0},
   };
   int failures = 0, runs = 0;
   for (int dtype = 0; dtype < kDtypes; ++dtype) {
