@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 
 import pytest
@@ -47,6 +48,29 @@ def test_buffers_are_reused(held: int) -> None:
     cached, _ = faults_and_growth("[600] * 20", 512, held)
     uncached, _ = faults_and_growth("[600] * 20", 0, held)
     assert cached < uncached / 10, (cached, uncached)
+
+
+BESIDE = """
+import resource, torch
+from fused_lstm import FusedLSTM
+lstm, head = FusedLSTM(65, 256), torch.nn.Linear(256, 65)
+x = torch.randn(64, 32, 65)
+def step():
+    head(torch.nn.functional.dropout(lstm(x)[0], 0.2)).square().mean().backward()
+for _ in range(5):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's heap")
+def test_tensors_beside_ours_are_not_mapped_anew() -> None:
+    """Those of 2 MB, of which a step makes several: some 400 pages a step without a reason."""
+    done = run_python("-c", BESIDE, OMP_NUM_THREADS="1")
+    assert int(done.stdout) < 20 * 40, done.stdout + done.stderr
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in kilobytes there")

@@ -36,6 +36,16 @@ void* allocate(size_t bytes) {
 
 void release(const BlockCache::Block& block) { munmap(block.data, block.bytes); }
 
+// glibc keeps of its heap what it has learnt to from the largest block that was freed, up to 32 MB;
+// it never sees those that are kept here. Without one, it would give torch's own tensors back to
+// the system in each step and have them mapped again page by page: charlm's step at B 32 T 64 H
+// 512 in 150 instead of 143 ms, with 2,187 page faults instead of 115. Nothing is written, so it
+// costs no memory; it does nothing where the process has set its own limits.
+void show_the_heap_a_large_block() {
+  void* volatile block = std::malloc((size_t(32) << 20) - (size_t(64) << 10));
+  std::free(block);
+}
+
 #else
 
 void* allocate(size_t bytes) {
@@ -45,6 +55,7 @@ void* allocate(size_t bytes) {
 }
 
 void release(const BlockCache::Block& block) { std::free(block.data); }
+void show_the_heap_a_large_block() {}
 
 #endif
 
@@ -63,6 +74,7 @@ BlockCache& BlockCache::instance() {
 }
 
 BlockCache::BlockCache() : limit_(kDefaultLimit) {
+  show_the_heap_a_large_block();
   if (const char* megabytes = std::getenv("FUSED_LSTM_CACHE_MB"))
     limit_ = size_t(std::strtoull(megabytes, nullptr, 10)) << 20;
 }
