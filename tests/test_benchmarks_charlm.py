@@ -12,7 +12,8 @@ from charlm.training import hyperparameters
 from click.testing import CliRunner
 
 PYTHON = Path(__file__).resolve().parent.parent / "python"
-ONE_ROW = ["--preset", "frankenstein", "--dtype", "bf16", "--threads", "1", "--seconds", "0"]
+# Not in bf16, in which nn.LSTM cannot train where the processor has AVX2 and no more.
+ONE_ROW = ["--preset", "frankenstein", "--dtype", "fp32", "--threads", "1", "--seconds", "0"]
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_a_row(charlm: ModuleType, tmp_path: Path) -> None:
     assert (document["benchmark"], document["suite"]) == ("charlm", "charlm")
     (row,) = document["rows"]
     assert [row[key] for key in ("case", "B", "T", "I", "H")] == ["frankenstein", 36, 48, 48, 96]
-    assert (row["dtype"], row["pass"], row["threads"]) == ("bf16", "training step", 1)
+    assert (row["dtype"], row["pass"], row["threads"]) == ("fp32", "training step", 1)
     for ms, characters in (
         (row["fused_ms"], row["fused_characters_per_s"]),
         (row["torch_ms"], row["torch_characters_per_s"]),
@@ -61,11 +62,11 @@ def test_a_side_that_takes_too_long_is_an_error_of_its_row(
 ) -> None:
     monkeypatch.setattr(charlm, "LIMIT_S", 0.0)
     out = tmp_path / "out.json"
-    result = CliRunner().invoke(charlm.main, [*ONE_ROW, "--dtype", "fp32", "--out", str(out)])
+    result = CliRunner().invoke(charlm.main, [*ONE_ROW, "--dtype", "bf16", "--out", str(out)])
     assert result.exit_code == 0, result.output
     rows = json.loads(out.read_text())["rows"]
     assert [(row["dtype"], row["error"]) for row in rows] == [
-        ("bf16", "torch: over 0 s"), ("fp32", "torch: over 0 s"),
+        ("fp32", "torch: over 0 s"), ("bf16", "torch: over 0 s"),
     ]  # fmt: skip
     assert not any("fused_ms" in row for row in rows)
 
