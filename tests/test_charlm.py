@@ -120,8 +120,20 @@ def test_cells_start_equal_and_stay_close(text: Path) -> None:
     assert losses["fused"] == pytest.approx(losses["lstm"], abs=1e-4)
 
 
+def trains_in_bfloat16(lstm: torch.nn.LSTM) -> bool:
+    """oneDNN has no bfloat16 for training where a processor has AVX2 and no more."""
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            lstm(torch.ones(2, 2, lstm.input_size))[0].sum().backward()
+    except RuntimeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("cell", ["fused", "lstm", "gru"])
 def test_bfloat16_learns_as_float32(text: Path, cell: str) -> None:
+    if cell == "lstm" and not trains_in_bfloat16(torch.nn.LSTM(3, 5)):
+        pytest.skip("nn.LSTM can't be trained in bfloat16 on this processor")
     losses = {}
     for dtype in ("float32", "bfloat16"):
         succeed("train", "--text", text, "--run", dtype, "--cell", cell, "--dtype", dtype,
