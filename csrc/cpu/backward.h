@@ -148,16 +148,11 @@ struct BackwardPass {
   void run_direction(int d, const Place& place, A* sums) const {
     const Backward& a = args[d];
     const Range rows = share(seq.B, place.row_group, team.row_groups);
-    Range mine = share(hidden.count(), place.unit_group, team.unit_groups);
     Range cells = share(units.count(), place.unit_group, team.unit_groups);
     Barrier& barrier = barriers[1 + d * team.row_groups + place.row_group];
     Sharing sharing = claims.sharing(team, d, place, hidden.count());
     int meeting = team.unit_groups;
-    const auto goes_on = [&] {
-      const bool does = meet(barrier, meeting, mine, hidden.count(), cells, units.count());
-      if (meeting == 1) sharing.claims = nullptr;
-      return does;
-    };
+    const auto goes_on = [&] { return meet(barrier, meeting, sharing, cells, units.count()); };
     const bool turns = Order::turns(rows.end - rows.begin, sizeof(Elem));
     Step step{};
     const int64_t rounds =
@@ -168,7 +163,7 @@ struct BackwardPass {
       step.active = s < seq.T ? seq.rows(step.t) : 0;
       step.continued = s < seq.T ? a.seq.continued(step.t) : 0;
       step.first_cell = step.continued > 0 ? seq.first_row(a.seq.before(step.t)) : 0;
-      StepBlocks blocks(sharing, mine, s, turns && s % 2);
+      StepBlocks blocks(sharing, s, turns && s % 2);
       while (blocks.next()) hidden_step(d, blocks.block(), blocks.following(), step, rows, sums);
       if (seq.projected && s < seq.T) {
         if (!goes_on()) return;
@@ -180,7 +175,7 @@ struct BackwardPass {
       if (s < seq.T && !goes_on()) return;
     }
     // grad_c_0: the threads that own a row's units have written all of its dc
-    const Range own = seq.projected ? cells : mine;
+    const Range own = seq.projected ? cells : sharing.own();
     const ColumnBlocks& columns = seq.projected ? units : hidden;
     for (int64_t b = rows.begin; b < rows.end; ++b)
       for (int64_t block = own.begin; block < own.end; ++block)

@@ -19,7 +19,23 @@ struct Sharing {
   int64_t blocks;
   int me, threads;
   Claim* claims;  // one for each thread; null: each does its own share and no more
+
+  Range own() const { return share(blocks, me, threads); }
+  Sharing alone() const { return {blocks, 0, 1, nullptr}; }
 };
+
+// Meets the others that share a step. Where one goes on alone, it is false for all but this one, to
+// which it gives everything: all blocks, and 0 to `all_others`.
+FUSED_LSTM_INLINE bool meet(Barrier& barrier, int& threads, Sharing& sharing, Range& others,
+                            int64_t all_others) {
+  const int before = threads;
+  threads = barrier.wait(before);
+  if (threads < before) {
+    sharing = sharing.alone();
+    others = {0, all_others};
+  }
+  return threads > 0;
+}
 
 // Of all threads of a pass, in its workspace; none where nobody helps.
 struct Claims {
@@ -28,21 +44,27 @@ struct Claims {
 
   void take(Arena& arena, int64_t threads) {
     count = threads;
-    first = arena.take<Claim>(count);
+    first = count ? arena.take<Claim>(count) : nullptr;
   }
-  void clear() const { memset(first, 0, size_t(count) * sizeof(Claim)); }
+  void clear() const {
+    if (first) memset(first, 0, size_t(count) * sizeof(Claim));
+  }
   Sharing sharing(const Team& team, int direction, const Place& place, int64_t blocks) const {
     const int64_t group = direction * team.row_groups + place.row_group;
     return {blocks, place.unit_group, team.unit_groups,
-            count ? first + group * team.unit_groups : nullptr};
+            first ? first + group * team.unit_groups : nullptr};
   }
 };
 
 // The blocks that a thread does in a step: next() until it is false.
 class StepBlocks {
  public:
-  StepBlocks(const Sharing& sharing, const Range& own, int64_t step, bool back)
-      : sharing_(sharing), odd_(step % 2), back_(back), owner_(sharing.me), order_(own, back) {
+  StepBlocks(const Sharing& sharing, int64_t step, bool back)
+      : sharing_(sharing),
+        odd_(step % 2),
+        back_(back),
+        owner_(sharing.me),
+        order_(sharing.own(), back) {
     if (sharing.claims)
       __atomic_store_n(&sharing.claims[sharing.me].begun[1 - odd_], 0, __ATOMIC_RELAXED);
   }

@@ -45,8 +45,8 @@ struct ForwardPass : ForwardPlan {
   // What a thread has to do of direction d.
   struct Part {
     int d;
-    Range rows, units, projected;  // units: blocks of them; projected: blocks of the projection
-    int meeting;                   // threads that share its steps
+    Range rows, projected;  // projected: blocks of the projection
+    int meeting;            // threads that share its steps
     Barrier* barrier;
     Sharing sharing;  // of the blocks of units
     A* ahead = nullptr;
@@ -184,7 +184,6 @@ struct ForwardPass : ForwardPlan {
   Part part_of(int d, const Place& place, int thread, int slot = 0) const {
     Part part{d,
               share(seq.B, place.row_group, team.row_groups),
-              share(blocks, place.unit_group, team.unit_groups),
               share(projection.count(), place.unit_group, team.unit_groups),
               team.unit_groups,
               &barriers[1 + d * team.row_groups + place.row_group],
@@ -212,7 +211,8 @@ struct ForwardPass : ForwardPlan {
     int64_t count = 0;
     for (int64_t i = s; i < seq.T && i < s + chunk_steps; ++i)
       count += count_of(rows_at(args[part.d].seq.step(i, false), part.rows));
-    for (int64_t block = part.units.begin; block < part.units.end; ++block)
+    const Range units = part.sharing.own();
+    for (int64_t block = units.begin; block < units.end; ++block)
       input_product(part.d, block, part.own.x, x_stride, count,
                     part.ahead + block * chunk_rows * kWidth);
   }
@@ -227,7 +227,7 @@ struct ForwardPass : ForwardPlan {
       const Range active = rows_at(t, part.rows);
       const int64_t next = s + 1 < seq.T ? seq.rows(a.seq.step(s + 1, false)) : 0;
       const Step step{part.d, s, t, seq.first_row(t), next, active};
-      StepBlocks units(part.sharing, part.units, s, turns && s % 2);
+      StepBlocks units(part.sharing, s, turns && s % 2);
       while (units.next()) {
         const int64_t block = units.block();
         const A* inputs = part.own.inputs;
@@ -253,15 +253,13 @@ struct ForwardPass : ForwardPlan {
   }
 
   bool goes_on(Part& part) const {
-    const bool does =
-        meet(*part.barrier, part.meeting, part.units, blocks, part.projected, projection.count());
-    if (part.meeting == 1) part.sharing.claims = nullptr;
-    return does;
+    return meet(*part.barrier, part.meeting, part.sharing, part.projected, projection.count());
   }
 
   void write_c_n(const Part& part) const {
+    const Range units = part.sharing.own();
     for (int64_t b = part.rows.begin; b < part.rows.end; ++b)
-      for (int64_t block = part.units.begin; block < part.units.end; ++block) {
+      for (int64_t block = units.begin; block < units.end; ++block) {
         const int64_t u = block * V;
         store_lanes<false>(static_cast<T*>(args[part.d].c_n) + b * seq.H + u,
                            load(direction[part.d].c + b * c_stride + u), lanes_at<A>(u, seq.H));

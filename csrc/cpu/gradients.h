@@ -132,13 +132,13 @@ struct GradientsPass {
     worker.meeting = barriers[1].wait(worker.meeting);
     return worker.meeting > 0;
   }
-  // A worker's share of so many things, and those that it does in the end.
-  Range share_of(const Worker& worker, int64_t count) const {
-    return worker.meeting < threads ? Range{0, count} : share(count, worker.thread, threads);
+  Sharing sharing(const Worker& worker, int64_t count) const {
+    const Sharing all{count, worker.thread, threads, claims.first};
+    return worker.meeting < threads ? all.alone() : all;
   }
+  // Of so many things, those that a worker does in the end.
   StepBlocks blocks_of(Worker& worker, int64_t count) const {
-    Claim* const of_all = threads == 1 || worker.meeting < threads ? nullptr : claims.first;
-    return {{count, worker.thread, threads, of_all}, share_of(worker, count), worker.step++, false};
+    return {sharing(worker, count), worker.step++, false};
   }
 
   FewRowsGradients<T> few_rows() const { return {args, seq, directions, threads, N}; }
@@ -230,7 +230,7 @@ struct GradientsPass {
                   const Buffers& buffers) const {
     constexpr int64_t pad = Gemm::kPadK;
     const int64_t stride = right_stride(job);
-    const Range mine = share_of(worker, round_up(chunk.count, pad) / pad);
+    const Range mine = sharing(worker, round_up(chunk.count, pad) / pad).own();
     Row row = row_after(chunk.row, mine.begin * pad);
     Elem* const strips = strips_of(chunk, buffers);
     for (int64_t i = mine.begin * pad; i < mine.end * pad; ++i) {

@@ -239,19 +239,6 @@ struct alignas(64) Barrier : Signal {
   }
 };
 
-// Meets the others that share a step. Where one goes on alone, it is false for all but this one, to
-// which it gives everything: 0 to `all` and 0 to `all_others`.
-FUSED_LSTM_INLINE bool meet(Barrier& barrier, int& threads, Range& mine, int64_t all, Range& others,
-                            int64_t all_others) {
-  const int before = threads;
-  threads = barrier.wait(before);
-  if (threads < before) {
-    mine = {0, all};
-    others = {0, all_others};
-  }
-  return threads > 0;
-}
-
 // Nanoseconds lost in a pass of so many multiply-adds after which one thread does the rest: about
 // what two threads save.
 FUSED_LSTM_INLINE int64_t patience(int64_t products) { return Barrier::kStallNs + products / 100; }
