@@ -23,6 +23,7 @@ CASES = {
     "projected": Options(I=3, H=65, T=5, B=3, proj_size=17, bias=False),
     "packed": Options(I=17, H=33, T=9, B=7, kind="unsorted", bidirectional=True),
     "large": Options(I=65, H=257, T=3, B=17),
+    "larger, many rows": Options(I=5, H=353, T=3, B=131),
     "few rows": Options(I=129, H=129, T=5, B=3),
     "few rows, every option": Options(
         I=257, H=161, T=3, B=7, proj_size=33, kind="unsorted", bidirectional=True

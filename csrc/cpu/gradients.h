@@ -11,9 +11,9 @@
 // the rows of the result, so no sum is shared and none depends on their number. K is cut into
 // chunks that fit the second-level cache; a chunk's x and h_{t-1} are packed as strips, the
 // product's operand, from where they lie (any strides, packed or not, h_0 at the ends), and its
-// dgates, which are more, as panels: those take fewer instructions to pack, and only one is there
-// at a time. Threads pack a part of a chunk's strips each, and meet once a chunk: the next one's
-// are packed into other memory meanwhile. Calls of a few rows go another way: gradients_few.h.
+// dgates, which are more, as panels: those take fewer instructions to pack, and few are there at a
+// time. Threads pack a part of a chunk's strips each, and meet once a chunk: the next one's are
+// packed into other memory meanwhile. Calls of a few rows go another way: gradients_few.h.
 #pragma once
 
 #include "claims.h"
@@ -31,6 +31,10 @@ struct GradientsPass {
   static constexpr int R = Gemm::kStripRows;
   static constexpr bool kAsStored = std::is_same_v<Elem, T>;  // operands may be taken as they lie
   static constexpr int64_t kChunk = 192;  // rows of K at a time: a panel is 48 KB
+  // Panels packed at once, and rows of K for all of them before the next: a row of dgates is far
+  // from the next, so memory gives longer pieces of it sooner (B 32 T 64 I 64 H 256 on Zen 3: 128
+  // bytes at 4 to 5 GB/s, a tenth of the pass; 512 bytes in half the time).
+  static constexpr int64_t kMostPanels = 4, kPackedRows = Gemm::kPadK > 8 ? Gemm::kPadK : 8;
   // a line more than R * kChunk: strips packed side by side must not meet in the same sets of the
   // cache
   static constexpr int64_t kStripSize = R * kChunk + 64 / int64_t(sizeof(Elem));
@@ -154,12 +158,18 @@ struct GradientsPass {
 
   // `strips`, of the chunk in work and the next, `sums` and `bias` are all threads'.
   struct Buffers {
-    Elem *strips[2], *rows, *step, *panel;
+    Elem *strips[2], *rows, *step, *panels;
     A* sums;  // [block][strips * R][kWidth]: where there are several chunks
     A* bias;  // (blocks * kWidth)
     A* block_sums;
   };
 
+  // As many at once as leave each thread some to share out.
+  int64_t panels_of(const Job& job) const {
+    const int64_t most = job.blocks.count() / (4 * threads);
+    return most < 1 ? 1 : most < kMostPanels ? most : kMostPanels;
+  }
+  static int64_t panel_size(const Job& job) { return kChunk * job.blocks.width(); }
   // As wide as whole strips and whole vectors of right are.
   static int64_t right_stride(const Job& job) { return round_up(job.strips() * R, V); }
 
@@ -172,7 +182,7 @@ struct GradientsPass {
     buffers.bias = shared.take<A>(blocks * kWidth);
     buffers.rows = own.take<Elem>(Gemm::kPadK * right_stride(job));
     buffers.step = own.take<Elem>(Gemm::kStepK * right_stride(job));
-    buffers.panel = own.take<Elem>(kChunk * job.blocks.width());
+    buffers.panels = own.take<Elem>(panels_of(job) * panel_size(job));
     buffers.block_sums = own.take<A>(N > kChunk ? 0 : block_sums);
     return buffers;
   }
@@ -204,8 +214,9 @@ struct GradientsPass {
       if (!goes_on(worker)) return false;
       const Chunk next = chunk_at(chunk.k + chunk.count, row_after(chunk.row, chunk.count));
       if (ahead) pack_right(job, next, worker, buffers);
-      StepBlocks blocks = blocks_of(worker, job.blocks.count());
-      while (blocks.next()) add_block(job, chunk, blocks.block(), buffers);
+      const int64_t panels = panels_of(job);
+      StepBlocks groups = blocks_of(worker, (job.blocks.count() + panels - 1) / panels);
+      while (groups.next()) add_group(job, chunk, groups.block() * panels, buffers);
       if (!ahead) pack_right(job, next, worker, buffers);
       chunk = next;
     }
@@ -243,16 +254,36 @@ struct GradientsPass {
     }
   }
 
+  // Blocks of left's columns from `first` on, as many as are packed at once.
+  void add_group(const Job& job, const Chunk& chunk, int64_t first, const Buffers& buffers) const {
+    const int64_t all = job.blocks.columns, panels = panels_of(job),
+                  left = job.blocks.count() - first;
+    const int64_t count = left < panels ? left : panels;
+    for (int64_t k = 0; k < chunk.count; k += kPackedRows) {
+      const int64_t rows = chunk.count - k < kPackedRows ? chunk.count - k : kPackedRows;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t m = job.blocks.first(first + i);
+        const int vectors = job.blocks.vectors_of(first + i);
+        pack_dense_columns<Gemm>(
+            job.left + (chunk.k + k) * all + m, all, rows, vectors, all - m,
+            buffers.panels + i * panel_size(job) + Gemm::panel_at(k / Gemm::kStepK, 0, vectors));
+      }
+    }
+    for (int64_t i = 0; i < count; ++i)
+      add_block(job, chunk, first + i, buffers.panels + i * panel_size(job), buffers);
+  }
+
   // A block of left's columns over a chunk's rows, on top of what the chunks before have left.
-  void add_block(const Job& job, const Chunk& chunk, int64_t block, const Buffers& buffers) const {
+  void add_block(const Job& job, const Chunk& chunk, int64_t block, const Elem* panel,
+                 const Buffers& buffers) const {
     A* const sums =
         N > kChunk ? buffers.sums + block * job.strips() * R * kWidth : buffers.block_sums;
     const bool last = chunk.k + chunk.count == N;
-    add_products(job, chunk, block, sums, buffers);
+    add_products(job, chunk, block, panel, strips_of(chunk, buffers), sums);
     if (last) emit(job, block, sums);
     if (job.projection || !args[job.d].grad_bias) return;
     A* const bias = buffers.bias + block * kWidth;
-    add_rows(job, chunk, block, bias);
+    add_rows(job, chunk, block, panel, bias);
     for (int v = 0; last && v < job.blocks.vectors_of(block); ++v) {
       const int64_t m = job.blocks.first(block) + v * V;
       store_lanes<false>(static_cast<T*>(args[job.d].grad_bias) + m, load(bias + v * V),
@@ -260,36 +291,36 @@ struct GradientsPass {
     }
   }
 
-  void add_products(const Job& job, const Chunk& chunk, int64_t block, A* sums,
-                    const Buffers& buffers) const {
+  void add_products(const Job& job, const Chunk& chunk, int64_t block, const Elem* panel,
+                    const Elem* strips, A* sums) const {
     static const A zeros[kWidth] = {};
-    const int64_t m = job.blocks.first(block), all = job.blocks.columns;
-    const int vectors = job.blocks.vectors_of(block);
-    pack_dense_columns<Gemm>(job.left + chunk.k * all + m, all, chunk.count, vectors, all - m,
-                             buffers.panel);
     const int64_t steps = round_up(chunk.count, Gemm::kPadK) / Gemm::kStepK;
-    const Elem* const strips = strips_of(chunk, buffers);
     for (int64_t s = 0; s < job.strips(); ++s, sums += R * kWidth)
-      Gemm::run(R, vectors,
-                {strips + s * kStripSize, Gemm::strip_stride(), Gemm::strip_step(), buffers.panel,
-                 steps, chunk.k ? sums : zeros, chunk.k ? kWidth : 0, sums});
+      Gemm::run(R, job.blocks.vectors_of(block),
+                {strips + s * kStripSize, Gemm::strip_stride(), Gemm::strip_step(), panel, steps,
+                 chunk.k ? sums : zeros, chunk.k ? kWidth : 0, sums});
   }
 
-  // sums += the sum of a chunk's rows of left, of one block; the first chunk's begin it.
-  void add_rows(const Job& job, const Chunk& chunk, int64_t block, A* sums) const {
-    const int64_t all = job.blocks.columns;
-    for (int v = 0; v < job.blocks.vectors_of(block); ++v) {
-      const int64_t m = job.blocks.first(block) + v * V;
-      const int lanes = lanes_at<A>(m, all);
-      const T* from = job.left + chunk.k * all + m;
-      Vec<A> sum{};
-      if (lanes == V) {
-        for (int64_t i = 0; i < chunk.count; ++i) sum += load(from + i * all);
-      } else {
-        for (int64_t i = 0; i < chunk.count; ++i) sum += load_part(from + i * all, lanes);
+  // sums += the sum of a chunk's rows of left, of one block; the first chunk's begin it. A panel
+  // has them one after another, unless it has pairs of them.
+  void add_rows(const Job& job, const Chunk& chunk, int64_t block, const Elem* panel,
+                A* sums) const {
+    constexpr bool as_packed = Gemm::kStepK == 1;
+    const int64_t all = job.blocks.columns, m = job.blocks.first(block);
+    const int vectors = job.blocks.vectors_of(block);
+    const T* from = job.left + chunk.k * all + m;
+    Vec<A> sum[kMaxVectors] = {};
+    for (int64_t i = 0; i < chunk.count; ++i, from += all)
+      for (int v = 0; v < vectors; ++v) {
+        if constexpr (as_packed) {
+          sum[v] += load(panel + (i * vectors + v) * V);
+        } else {
+          const int lanes = lanes_at<A>(m + v * V, all);
+          sum[v] += lanes == V ? load(from + v * V) : load_part(from + v * V, lanes);
+        }
       }
-      store(sums + v * V, chunk.k ? load(sums + v * V) + sum : sum);
-    }
+    for (int v = 0; v < vectors; ++v)
+      store(sums + v * V, chunk.k ? load(sums + v * V) + sum[v] : sum[v]);
   }
 
   // Row k of [x | h_{t-1}], or of o tanh(c); zeros behind the last row and the last column.

@@ -96,7 +96,7 @@ struct Tile {
   const A* init;
   int64_t init_stride;
   A* out;
-  const void* ahead = nullptr;  // of it a line is fetched at each step of K, if four vectors wide
+  const void* ahead = nullptr;  // of it a line is fetched at each step of K (kMayFetch)
 };
 
 template <class Dot>
@@ -168,12 +168,16 @@ static __attribute__((noinline)) void vector_tile(const TileOf<Dot>& tile) {
   } while (left > 0);
 }
 
+// Tiles of panels so wide fetch what they are told: those that are long enough to be far.
+template <int width>
+constexpr bool kMayFetch = width == kMaxVectors || (kRegisters == 16 && width == 2);
+
 // From `least` rows on.
 template <class Dot, int NV, int width = NV, int least = 1, int MR = kRowsFor<NV>>
 FUSED_LSTM_INLINE void vector_rows(int rows, const TileOf<Dot>& tile) {
   if (rows == MR) {
     // A version of its own: two instructions a step of K cost 2 to 5 % where nothing is to fetch.
-    constexpr bool may_fetch = width == kMaxVectors;
+    constexpr bool may_fetch = kMayFetch<width>;
     if (may_fetch && tile.ahead) return vector_tile<Dot, MR, NV, width, may_fetch>(tile);
     return vector_tile<Dot, MR, NV, width, false>(tile);
   }
@@ -226,7 +230,7 @@ struct Product {
     if (vectors == 4 && left < kRowsFor<2>) return int(left);
     return even_rows(left, max_rows(vectors));
   }
-  static constexpr bool kFetches = true;  // a tile fetches what it is told, four vectors wide
+  static constexpr bool kFetches = true;  // a tile fetches what it is told (kMayFetch)
   // Called once by each thread of a pass, at its end (kernel.cpp).
   static void end() {}
 

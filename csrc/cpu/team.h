@@ -353,11 +353,12 @@ struct ColumnBlocks {
   int lanes = 1, vectors = 1;
 
   ColumnBlocks() = default;
-  // As wide as leaves the busiest of `parts` threads the least to do.
-  ColumnBlocks(int64_t columns, int lanes, int parts) : columns(columns), lanes(lanes) {
+  // As wide as leaves the busiest of `parts` threads the least to do, of `most` vectors at most.
+  ColumnBlocks(int64_t columns, int lanes, int parts, int most = kMaxVectors)
+      : columns(columns), lanes(lanes) {
     const int64_t all = round_up(columns, lanes) / lanes;
     int64_t best = INT64_MAX;
-    for (int v = kMaxVectors; v >= 1; --v) {
+    for (int v = most; v >= 1; --v) {
       const int64_t blocks = (all + v - 1) / v;
       const int64_t widest = (blocks + parts - 1) / parts * v;
       const int64_t cost = widest < all ? widest : all;
