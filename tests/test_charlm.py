@@ -145,6 +145,19 @@ def test_bfloat16_learns_as_float32(text: Path, cell: str) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+def test_bfloat16_that_torch_cannot_train_is_refused_in_one_line(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("could not create a primitive. Run it with ONEDNN_VERBOSE=all.")
+
+    monkeypatch.setattr(torch.nn.LSTM, "forward", refuse)
+    output = fail("train", "--text", text, "--run", "run", "--cell", "lstm",
+                  "--dtype", "bfloat16", *SMALL)  # fmt: skip
+    assert output.count("\n") == 1 and "(could not create a primitive): --cell fused" in output
+    assert not Path("run").exists()
+
+
 @pytest.mark.parametrize("batches", ["rows", "windows"])
 def test_parts_of_a_batch_one_after_the_other_make_the_same_steps(text: Path, batches: str) -> None:
     for parts in (1, 4):

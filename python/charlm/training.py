@@ -93,6 +93,7 @@ class Trainer:
         # Made on the CPU, so that a seed gives the same weights on every device.
         model = CharacterModel(vocabulary_size, **hyperparameters(config))
         INITIAL_WEIGHTS[config.initial](model.recurrent)
+        self._check_dtype(model)
         self.model = model.to(self.device)
         if not processes.first:
             torch.manual_seed(processes.seed(config.seed))
@@ -120,6 +121,20 @@ class Trainer:
         if config.batches == "rows":
             return Rows(ids, config.window, config.batch_size)
         return Windows(ids, config.window, config.batch_size, config.stride, config.seed)
+
+    def _check_dtype(self, model: CharacterModel) -> None:
+        """torch's LSTM has no bfloat16 on processors without instructions for it."""
+        if self.device.type != "cpu" or self.config.dtype != "bfloat16":
+            return
+        ids = torch.zeros(1, 1, dtype=torch.int64)
+        try:
+            with torch.random.fork_rng(devices=()), torch.autocast("cpu", torch.bfloat16):
+                model(ids, model.zero_states(1))
+        except RuntimeError as error:
+            raise CharlmError(
+                f"torch can't train cell {self.config.cell!r} in bfloat16 on this processor "
+                f"({str(error).partition('. ')[0]}): --cell fused, or --dtype float32"
+            ) from None
 
     @property
     def stopped_early(self) -> str:
