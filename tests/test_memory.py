@@ -59,20 +59,19 @@ def step():
     head(torch.nn.functional.dropout(lstm(x)[0], 0.2)).square().mean().backward()
 for _ in range(5):
     step()
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(100):
     step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(sorted(faults() for _ in range(21))[10])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's heap")
 def test_tensors_beside_ours_are_not_mapped_anew() -> None:
-    """Those of 2 MB, of which a step makes several: some 400 pages a step without a reason. The
-    median step's: a single one may map a thousand, by where the heap's blocks happen to lie."""
+    """Those of 2 MB, of which a step makes several: some 400 pages a step without a reason. Of
+    many steps, for a single one may map a thousand, by where the heap's blocks happen to lie."""
     done = run_python("-c", BESIDE, OMP_NUM_THREADS="1")
-    assert int(done.stdout) < 40, done.stdout + done.stderr
+    assert int(done.stdout) < 100 * 40, done.stdout + done.stderr
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in kilobytes there")
