@@ -124,7 +124,8 @@ class Trainer:
 
     def _check_dtype(self, model: CharacterModel) -> None:
         """torch's LSTM has no bfloat16 on processors without instructions for it."""
-        if self.device.type != "cpu" or self.config.dtype != "bfloat16":
+        config = self.config
+        if self.device.type != "cpu" or config.dtype != "bfloat16" or config.cell == "fused":
             return
         ids = torch.zeros(1, 1, dtype=torch.int64)
         try:
@@ -132,7 +133,7 @@ class Trainer:
                 model(ids, model.zero_states(1))
         except RuntimeError as error:
             raise CharlmError(
-                f"torch can't train cell {self.config.cell!r} in bfloat16 on this processor "
+                f"torch can't train cell {config.cell!r} in bfloat16 on this processor "
                 f"({str(error).partition('. ')[0]}): --cell fused, or --dtype float32"
             ) from None
 
