@@ -20,12 +20,14 @@ struct Weights {  // of one direction; undefined where absent
 struct Layer {
   int64_t T, B, I, H, P, N, directions;
   bool packed, biased, projected;
+  bool ids;                                   // in place of one-hot rows
   std::vector<int64_t> batch_sizes, offsets;  // empty when not packed
   std::vector<Weights> weights;
 
   Layer(const at::Tensor& input, const std::optional<at::Tensor>& sizes, const at::Tensor& h_0,
         const at::Tensor& c_0, at::TensorList flat_weights) {
     packed = sizes.has_value() && sizes->defined();
+    ids = input.scalar_type() == at::kLong;
     directions = h_0.dim() == 3 ? h_0.size(0) : 0;
     TORCH_CHECK(directions == 1 || directions == 2,
                 "fused_lstm: h_0 must be (1 or 2 directions, B, P), got ", h_0.sizes());
@@ -47,40 +49,51 @@ struct Layer {
     H = weights[0].ih.size(0) / 4;
     I = weights[0].ih.size(1);
     TORCH_CHECK(projected || P == H, "fused_lstm: h_0 must have H = ", H, " columns, got ", P);
-    check(c_0, "c_0", {directions, B, H}, input);
-    check(h_0, "h_0", {directions, B, P}, input);
+    const at::Tensor& like = ids ? h_0 : input;
+    check(c_0, "c_0", {directions, B, H}, like);
+    check(h_0, "h_0", {directions, B, P}, like);
     for (const Weights& w : weights) {
-      check(w.ih, "weight_ih", {4 * H, I}, input);
-      check(w.hh, "weight_hh", {4 * H, P}, input);
-      if (biased) check(w.bias_ih, "bias_ih", {4 * H}, input);
-      if (biased) check(w.bias_hh, "bias_hh", {4 * H}, input);
-      if (projected) check(w.hr, "weight_hr", {P, H}, input);
+      check(w.ih, "weight_ih", {4 * H, I}, like);
+      check(w.hh, "weight_hh", {4 * H, P}, like);
+      if (biased) check(w.bias_ih, "bias_ih", {4 * H}, like);
+      if (biased) check(w.bias_hh, "bias_hh", {4 * H}, like);
+      if (projected) check(w.hr, "weight_hr", {P, H}, like);
     }
     if (packed) {
       read_batch_sizes(*sizes);
-      check(input, "input", {N, I}, input);
+      check_input(input, {N});
     } else {
-      TORCH_CHECK(input.dim() == 3, "fused_lstm: input must be (T, B, I), got ", input.sizes());
+      TORCH_CHECK(input.dim() == (ids ? 2 : 3), "fused_lstm: input must be (T, B, I), or ids (T, ",
+                  "B), got ", input.sizes());
       T = input.size(0);
       N = T * B;
-      check(input, "input", {T, B, I}, input);
+      check_input(input, {T, B});
     }
     TORCH_CHECK(T > 0, "Expected sequence length to be larger than 0 in RNN");
   }
 
-  // Raises RuntimeError where a tensor is not of this shape, or not of input's dtype and device.
+  // Raises RuntimeError where a tensor is not of this shape, or not of the dtype and device of
+  // another: the input, or h_0 where there are ids.
   static void check(const at::Tensor& tensor, const char* name, at::IntArrayRef shape,
-                    const at::Tensor& input) {
+                    const at::Tensor& like) {
     TORCH_CHECK(tensor.sizes() == shape, "fused_lstm: expected ", name, " of shape ", shape,
                 ", got ", tensor.sizes());
-    TORCH_CHECK(tensor.scalar_type() == input.scalar_type(), "fused_lstm: ", name, " is ",
-                tensor.scalar_type(), " but input is ", input.scalar_type(),
+    TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), "fused_lstm: ", name, " is ",
+                tensor.scalar_type(), " but input is ", like.scalar_type(),
                 ": convert one of them");
-    TORCH_CHECK(tensor.device() == input.device(), "fused_lstm: ", name, " is on ", tensor.device(),
-                " but input is on ", input.device(), ": move one of them");
+    TORCH_CHECK(tensor.device() == like.device(), "fused_lstm: ", name, " is on ", tensor.device(),
+                " but input is on ", like.device(), ": move one of them");
   }
 
  private:
+  // rows: the shape of ids; of an input, but for I.
+  void check_input(const at::Tensor& input, std::vector<int64_t> rows) const {
+    if (!ids) rows.push_back(I);
+    check(input, "input", rows, input);
+    TORCH_CHECK(!ids || input.is_cpu(), "fused_lstm: ids go in on CPUs only, and are on ",
+                input.device(), ": give their rows");
+  }
+
   void read_batch_sizes(const at::Tensor& sizes) {
     TORCH_CHECK(sizes.dim() == 1 && sizes.scalar_type() == at::kLong && sizes.is_cpu(),
                 "fused_lstm: batch_sizes must be a 1-D int64 tensor on the CPU");

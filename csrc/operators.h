@@ -60,7 +60,7 @@ inline Sequence sequence_of(const Layer& layer, int64_t d) {
           .projected = layer.projected};
 }
 
-// What both passes take: the weights and states are contiguous, the input's last dimension is
+// What both passes take: the weights, states and ids are contiguous, an input's last dimension is
 // dense.
 struct LayerCall {
   Layer layer;
@@ -71,9 +71,9 @@ struct LayerCall {
   LayerCall(const at::Tensor& given, const std::optional<at::Tensor>& batch_sizes,
             const at::Tensor& given_h_0, const at::Tensor& given_c_0, at::TensorList weights)
       : layer(given, batch_sizes, given_h_0, given_c_0, weights),
-        dtype(dtype_of(given)),
-        options(given.options()),
-        input(dense_rows(given)),
+        dtype(dtype_of(given_h_0)),
+        options(given_h_0.options()),
+        input(layer.ids ? given.contiguous() : dense_rows(given)),
         h_0(given_h_0.contiguous()),
         c_0(given_c_0.contiguous()) {
     for (Weights& w : layer.weights)
@@ -84,6 +84,7 @@ struct LayerCall {
   // Of the output: the input's, but for the last dimension.
   std::vector<int64_t> output_shape() const {
     std::vector<int64_t> shape = input.sizes().vec();
+    if (layer.ids) shape.push_back(0);
     shape.back() = layer.directions * layer.P;
     return shape;
   }
@@ -143,13 +144,14 @@ struct BackwardCall : LayerCall {
     TORCH_CHECK(needs.size() == 3 + weights.size(),
                 "fused_lstm: needs must say it for input, h_0, c_0 and each of ", weights.size(),
                 " weights, got ", needs.size());
+    TORCH_CHECK(!layer.ids || !needs[0], "fused_lstm: ids have no gradient");
     const int64_t D = layer.directions;
-    Layer::check(output, "output", output_shape(), input);
-    Layer::check(gates, "gates", {D, layer.N, 4 * layer.H}, input);
-    Layer::check(cells, "cells", {D, layer.N, layer.H}, input);
-    if (grad_output.defined()) Layer::check(grad_output, "grad_output", output_shape(), input);
-    if (grad_h_n.defined()) Layer::check(grad_h_n, "grad_h_n", h_0.sizes(), input);
-    if (grad_c_n.defined()) Layer::check(grad_c_n, "grad_c_n", c_0.sizes(), input);
+    Layer::check(output, "output", output_shape(), h_0);
+    Layer::check(gates, "gates", {D, layer.N, 4 * layer.H}, h_0);
+    Layer::check(cells, "cells", {D, layer.N, layer.H}, h_0);
+    if (grad_output.defined()) Layer::check(grad_output, "grad_output", output_shape(), h_0);
+    if (grad_h_n.defined()) Layer::check(grad_h_n, "grad_h_n", h_0.sizes(), h_0);
+    if (grad_c_n.defined()) Layer::check(grad_c_n, "grad_c_n", c_0.sizes(), h_0);
   }
 
   // Whether direction d's weight number w, in Weights' order of those present, wants a gradient.

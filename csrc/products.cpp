@@ -50,6 +50,7 @@ at::Tensor rows_of_runs(std::vector<RowRun> runs, int64_t total, const Upload& u
 }  // namespace
 
 at::Tensor rows_of(const LayerCall& call) {
+  TORCH_CHECK(!call.layer.ids, "fused_lstm: this backend takes no ids: give their rows");
   return call.input.reshape({call.layer.N, call.layer.I});
 }
 

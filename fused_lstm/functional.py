@@ -50,7 +50,7 @@ class Options(Protocol):
 class Call:
     """A call that has been checked."""
 
-    input: Tensor  # (T, B, I), or packed rows (N, I)
+    input: Tensor  # (T, B, I), or packed rows (N, I); without I: ids (lookup.py)
     batch_sizes: Tensor | None  # (T,) of packed rows
     hx: States | None  # (L*D, B, P) and (L*D, B, H); None: zeros
     weights: Sequence[Tensor]
@@ -209,10 +209,11 @@ def _stack(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _zero_states(call: Call, count: int) -> States:
-    c_0 = call.input.new_zeros((count, call.batch, call.options.hidden_size))
+    like = call.weights[0] if call.input.dtype is torch.int64 else call.input
+    c_0 = like.new_zeros((count, call.batch, call.options.hidden_size))
     if call.h_size == call.options.hidden_size:
         return c_0, c_0
-    return call.input.new_zeros((count, call.batch, call.h_size)), c_0
+    return like.new_zeros((count, call.batch, call.h_size)), c_0
 
 
 def _layers(layer: Callable[..., Any], call: Call) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,7 +4,7 @@ The operators themselves, one LSTM layer with all its directions each, are regis
 compiled part; csrc/schemas.h holds their schemas. Triton's are as many more of the same
 (csrc/triton.cpp). For CPUs there is one more, of a stack of L layers. Shapes here: T steps, B
 sequences, I inputs, H cells, P outputs of one direction (H without projection), D directions, N
-rows (T*B, or packed).
+rows (T*B, or packed). In place of an input's one-hot rows, CPUs also take int64 ids, without I.
 """
 
 from collections.abc import Iterable, Sequence
@@ -107,21 +107,22 @@ def _stack_shapes(*arguments: Any) -> tuple[Tensor, ...]:
     *layer, layers = arguments
     of = LayerArguments(*layer)
     width = of.h_0.shape[0] // layers * of.h_0.shape[2]
-    output = of.input.new_empty((*of.input.shape[:-1], width))
-    return output, of.input.new_empty(of.h_0.shape), of.input.new_empty(of.c_0.shape)
+    rows = of.input.shape[: 2 if of.batch_sizes is None else 1]
+    output = of.h_0.new_empty((*rows, width))
+    return output, of.h_0.new_empty(of.h_0.shape), of.h_0.new_empty(of.c_0.shape)
 
 
 def _forward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
     of = LayerArguments(*arguments)
-    rows, (D, _, H) = _rows(of.input.shape), of.c_0.shape
-    saved = of.input.new_empty((D, rows, 4 * H)), of.input.new_empty((D, rows, H))
+    rows, (D, _, H) = _rows(of.input.shape, of.batch_sizes), of.c_0.shape
+    saved = of.h_0.new_empty((D, rows, 4 * H)), of.h_0.new_empty((D, rows, H))
     return *_inference_shapes(*arguments), *saved
 
 
 def _backward_shapes(*arguments: Any) -> Gradients:
     of = BackwardArguments(*arguments)
     return _gradients(
-        of.input.new_empty(tensor.shape if need else (0,))
+        of.h_0.new_empty(tensor.shape if need else (0,))
         for tensor, need in zip(of.differentiable(), of.needs, strict=True)
     )
 
@@ -157,7 +158,7 @@ def _backward_by_reference(*arguments: Any) -> Gradients:
     of = BackwardArguments(*arguments)
     with torch.autocast(of.input.device.type, enabled=False):
         found = _reference_gradients(of.cotangents(), of.differentiable(), of.batch_sizes, of.needs)
-    return _gradients(of.input.new_empty((0,)) if grad is None else grad for grad in found)
+    return _gradients(of.h_0.new_empty((0,)) if grad is None else grad for grad in found)
 
 
 # For csrc/autograd.cpp, which calls this kernel, wherever the tensors are.
@@ -245,8 +246,10 @@ def _double_backward(ctx: Any, *grad_grads: Any) -> tuple[Any, ...]:
 
 
 def _forward_flops(*shapes: Any, **kwargs: Any) -> int:
-    of = LayerArguments(*shapes[: len(LayerArguments._fields)])  # a stack's number of layers
-    return 2 * _rows(of.input) * _matrix_elements(of.weights)
+    *layer, layers = shapes if len(shapes) > len(LayerArguments._fields) else (*shapes, 1)
+    of = LayerArguments(*layer)
+    through = _multiplied(of.weights, of, of.h_0[0] // layers)
+    return 2 * _rows(of.input, of.batch_sizes) * _matrix_elements(through)
 
 
 def _backward_flops(*shapes: Any, **kwargs: Any) -> int:
@@ -254,12 +257,21 @@ def _backward_flops(*shapes: Any, **kwargs: Any) -> int:
     each = len(of.weights) // of.h_0[0]
     # w_ih only for dx
     through = [w for k, w in enumerate(of.weights) if k % each != 0 or of.needs[0]]
-    to_weights = [w for w, need in zip(of.weights, of.needs[3:], strict=True) if need]
-    return 2 * _rows(of.input) * (_matrix_elements(through) + _matrix_elements(to_weights))
+    needed = [w if need else () for w, need in zip(of.weights, of.needs[3:], strict=True)]
+    to_weights = _multiplied(needed, of, of.h_0[0])
+    elements = _matrix_elements(through) + _matrix_elements(to_weights)
+    return 2 * _rows(of.input, of.batch_sizes) * elements
 
 
-def _rows(input: Sequence[int]) -> int:
-    return input[0] * input[1] if len(input) == 3 else input[0]
+def _multiplied(weights: Sequence[Any], of: Any, first: int) -> list[Any]:
+    """Weights without those w_ih of the `first` that ids pick columns of."""
+    of_ids = len(of.input) == (2 if of.batch_sizes is None else 1)
+    each = len(weights) // of.h_0[0]
+    return [w for k, w in enumerate(weights) if not of_ids or k % each or k >= first * each]
+
+
+def _rows(input: Sequence[int], batch_sizes: Any) -> int:
+    return input[0] * input[1] if batch_sizes is None else input[0]
 
 
 def _matrix_elements(weights: Sequence[Sequence[int]]) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import embedding, linear
 
 # Gate sums and states are kept in float32 where the input is narrower.
 _ACCUMULATE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
@@ -29,7 +29,8 @@ def lstm_layer(
     """One LSTM layer, all its directions.
 
     Args:
-        input: (T, B, I), or packed rows (N, I) when `batch_sizes` is given.
+        input: (T, B, I), or packed rows (N, I) when `batch_sizes` is given; without I, int64 ids
+            of one-hot rows.
         batch_sizes: None, or (T,) int64 on the CPU, non-increasing: the rows of each step.
         h_0: (D, B, P), D = 1 or 2 directions; the second runs from the last step to the first.
         c_0: (D, B, H); P = H when there is no projection.
@@ -37,7 +38,7 @@ def lstm_layer(
             the projection or both left out of every direction alike. Gate order i, f, g, o.
 
     Returns:
-        output (T, B, D*P) or packed (N, D*P), h_n (D, B, P), c_n (D, B, H), in the input's dtype.
+        output (T, B, D*P) or packed (N, D*P), h_n (D, B, P), c_n (D, B, H), in the states' dtype.
     """
     directions = h_0.shape[0]
     each = len(weights) // directions
@@ -67,13 +68,17 @@ def _one_direction(
     weights: Sequence[Tensor],
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = input.dtype
+    dtype = h_0.dtype
     wide = _ACCUMULATE.get(dtype, dtype)
     w_ih, w_hh = weights[0].to(wide), weights[1].to(wide)
     b_ih, b_hh = (weights[2].to(wide), weights[3].to(wide)) if len(weights) > 3 else (None, None)
     w_hr = weights[-1].to(wide) if len(weights) in (3, 5) else None
 
-    gates_input = linear(input.to(wide), w_ih, b_ih)  # (T, B, 4H) or (N, 4H)
+    if input.dtype is torch.int64:
+        gates_input = embedding(input, w_ih.t())  # (T, B, 4H) or (N, 4H)
+        gates_input = gates_input if b_ih is None else gates_input + b_ih
+    else:
+        gates_input = linear(input.to(wide), w_ih, b_ih)
     steps = gates_input.unbind(0) if sizes is None else gates_input.split(sizes)
     rows = [step.shape[0] for step in steps]
     order = range(len(steps) - 1, -1, -1) if reverse else range(len(steps))

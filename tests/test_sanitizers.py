@@ -67,7 +67,7 @@ def test_kernels_run_clean(sanitizer: str, tmp_path: Path) -> None:
     if fixed and subprocess.run([*fixed, "true"], capture_output=True).returncode:
         fixed = []
     for program, said in (
-        (sanitized, "120 runs, 0 failures"),
+        (sanitized, "180 runs, 0 failures"),
         (stacks, "48 stacks, 0 failures"),
         (streams, "48 streams, 0 failures"),
     ):

@@ -5,7 +5,8 @@
 // on top of it, six rows (AVX-512) at a time, and the cell update on those sums while they are in
 // the first-level cache. With few rows the input's product is taken for several steps at once, so
 // that W_ih is read once for all of them. Calls of a few rows in all pack nothing and take both
-// products from the weights as they lie (dense.h).
+// products from the weights as they lie (dense.h). Where ids stand for one-hot rows, x W_ih^T + b
+// is a row of a table (table.h).
 //
 // Kept in the workspace: both weights packed into panels once per call; h_t twice (one step reads
 // the one, writes the other, so one barrier a step is enough) in the product's type, rows padded
@@ -17,6 +18,7 @@
 #include "claims.h"
 #include "dense.h"
 #include "forward_plan.h"
+#include "table.h"
 
 namespace fused_lstm::cpu::FUSED_LSTM_ISA {
 
@@ -32,6 +34,7 @@ struct ForwardPass : ForwardPlan {
 
   struct Direction {
     Elem *input_panels, *hidden_panels, *projection_panels;
+    A* table;           // (blocks, I, 4V): x W_ih^T + b of each id
     A* bias;            // (blocks, 4V)
     Elem* h[2];         // (B, h_stride)
     Elem* unprojected;  // (B, m_stride): o tanh(c) when there is a projection
@@ -88,7 +91,7 @@ struct ForwardPass : ForwardPlan {
             sizeof(Elem),
             kSharedProducts<Gemm>,
             kAsStored,
-            worth_dense<T, Elem>(seq.T * seq.B, seq.I + seq.P)};
+            worth_dense<T, Elem>(seq.T * seq.B, (seq.ids ? 0 : seq.I) + seq.P)};
   }
 
   int64_t lay_out(void* workspace) {
@@ -100,6 +103,7 @@ struct ForwardPass : ForwardPlan {
       dir.input_panels = arena.take<Elem>(dense ? 0 : blocks * kWidth * x_padded);
       dir.hidden_panels = arena.take<Elem>(dense ? 0 : blocks * kWidth * h_padded);
       dir.projection_panels = arena.take<Elem>(projection.padded() * m_padded);
+      dir.table = arena.take<A>(seq.ids && !dense ? blocks * kWidth * seq.I : 0);
       dir.bias = arena.take<A>(blocks * kWidth);
       for (Elem*& h : dir.h) h = arena.take<Elem>(seq.B * h_stride);
       dir.unprojected = arena.take<Elem>(seq.projected ? seq.B * m_stride : 0);
@@ -165,14 +169,21 @@ struct ForwardPass : ForwardPlan {
     const Forward& a = args[d];
     const Direction& dir = direction[d];
     const auto column = gate_column<V>(block * V, seq.H);
-    if (!dense) {
+    A* const bias = dir.bias + block * kWidth;
+    add_biases<T>(a.bias_ih, a.bias_hh, column, bias);
+    if (dense) return;
+    if (seq.ids) {
+      if constexpr (kTakesIds<T>)
+        pack_table(static_cast<const T*>(a.weight_ih), seq.I, column, bias, table(d, block));
+    } else {
       pack_dense_k<Gemm>(static_cast<const T*>(a.weight_ih), seq.I, seq.I, kWidth, column,
                          dir.input_panels + block * kWidth * x_padded);
-      pack_dense_k<Gemm>(static_cast<const T*>(a.weight_hh), seq.P, seq.P, kWidth, column,
-                         dir.hidden_panels + block * kWidth * h_padded);
     }
-    add_biases<T>(a.bias_ih, a.bias_hh, column, dir.bias + block * kWidth);
+    pack_dense_k<Gemm>(static_cast<const T*>(a.weight_hh), seq.P, seq.P, kWidth, column,
+                       dir.hidden_panels + block * kWidth * h_padded);
   }
+
+  A* table(int d, int64_t block) const { return direction[d].table + block * kWidth * seq.I; }
 
   // Rows of this group that step t has.
   Range rows_at(int64_t t, const Range& rows) const {
@@ -233,6 +244,8 @@ struct ForwardPass : ForwardPlan {
         const A* inputs = part.own.inputs;
         if (ahead) {
           inputs = part.ahead + (block * chunk_rows + inputs_at) * kWidth;
+        } else if (seq.ids) {
+          look_up(step, block, part.own.inputs);
         } else if (!at_once && !active.empty()) {
           const Elem* x = copy_input ? part.own.x
                                      : reinterpret_cast<const Elem*>(input_row(a, t, active.begin));
@@ -292,6 +305,17 @@ struct ForwardPass : ForwardPlan {
       product(
           d, block, false,
           {m, x + r * stride, stride, direction[d].bias + block * kWidth, 0, inputs + r * kWidth});
+    }
+  }
+
+  // The same of a step's rows, by their ids.
+  void look_up(const Step& step, int64_t block, A* inputs) const {
+    if constexpr (kTakesIds<T>) {
+      const int64_t* ids = seq.ids + step.first + step.active.begin;
+      if (!dense) return take_rows(table(step.d, block), ids, count_of(step.active), inputs);
+      take_columns(static_cast<const T*>(args[step.d].weight_ih), seq.I,
+                   gate_column<V>(block * V, seq.H), direction[step.d].bias + block * kWidth, ids,
+                   count_of(step.active), inputs);
     }
   }
 

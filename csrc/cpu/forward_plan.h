@@ -39,7 +39,7 @@ struct ForwardPlan {
               int64_t most_steps = 0)
       : seq(seq), directions(directions), dense(kind.dense), slots(most_steps ? 2 : 1) {
     blocks = (seq.H + kind.V - 1) / kind.V;
-    x_padded = round_up(seq.I, kind.pad);
+    x_padded = seq.ids ? 0 : round_up(seq.I, kind.pad);
     h_padded = round_up(seq.P, kind.pad);
     m_padded = round_up(seq.H, kind.pad);
     const int64_t line = 64 / kind.element_bytes;
@@ -61,10 +61,10 @@ struct ForwardPlan {
     if (chunk_steps > seq.T) chunk_steps = seq.T;
     if (most_steps && chunk_steps > most_steps) chunk_steps = most_steps;
     chunk_rows = rows * chunk_steps;
-    at_once = dense && seq.T == 1;
-    ahead = (dense && !at_once) || chunk_steps > 1;
+    at_once = dense && seq.T == 1 && !seq.ids;
+    ahead = !seq.ids && ((dense && !at_once) || chunk_steps > 1);
     far = !dense && 4 * seq.H * h_padded * kind.element_bytes > kNearBytes * team.unit_groups;
-    copy_input = dense || ahead || !kind.as_stored || x_padded != seq.I;
+    copy_input = !seq.ids && (dense || ahead || !kind.as_stored || x_padded != seq.I);
   }
 
   int64_t products() const { return seq.T * seq.B * 4 * seq.H * (x_padded + h_padded); }

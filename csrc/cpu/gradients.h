@@ -13,11 +13,13 @@
 // product's operand, from where they lie (any strides, packed or not, h_0 at the ends), and its
 // dgates, which are more, as panels: those take fewer instructions to pack, and few are there at a
 // time. Threads pack a part of a chunk's strips each, and meet once a chunk: the next one's are
-// packed into other memory meanwhile. Calls of a few rows go another way: gradients_few.h.
+// packed into other memory meanwhile. Where ids stand for one-hot rows, dW_ih comes
+// from a table (table.h). Calls of a few rows go another way: gradients_few.h.
 #pragma once
 
 #include "claims.h"
 #include "gradients_few.h"
+#include "gradients_input.h"
 
 namespace fused_lstm::cpu::FUSED_LSTM_ISA {
 
@@ -29,7 +31,6 @@ struct GradientsPass {
   static constexpr int V = kLanes<A>;
   static constexpr int kWidth = kTileWidth<A>;
   static constexpr int R = Gemm::kStripRows;
-  static constexpr bool kAsStored = std::is_same_v<Elem, T>;  // operands may be taken as they lie
   static constexpr int64_t kChunk = 192;  // rows of K at a time: a panel is 48 KB
   // Panels packed at once, and rows of K for all of them before the next: a row of dgates is far
   // from the next, so memory gives longer pieces of it sooner (B 32 T 64 I 64 H 256 on Zen 3: 128
@@ -38,8 +39,6 @@ struct GradientsPass {
   // a line more than R * kChunk: strips packed side by side must not meet in the same sets of the
   // cache
   static constexpr int64_t kStripSize = R * kChunk + 64 / int64_t(sizeof(Elem));
-  static constexpr int64_t kInputRows =
-      96;  // rows of dx at a time: a multiple of every tile's rows
 
   // One product of the rows' transposes: right's `columns` meet left's, which are in blocks of a
   // panel's width.
@@ -55,23 +54,21 @@ struct GradientsPass {
   const Gradients* args;
   Sequence seq;
   int directions, threads;
-  int64_t N, g_padded, g_stride;
-  bool copy_dgates;
-  ColumnBlocks input_columns;
-  Elem* input_panels[2];
+  int64_t N;
+  InputGradient<T> input;
   char *job_base, *private_base;
   int64_t private_bytes;
   Barriers barriers;  // one that nobody meets at, then the one for all threads
   Claims claims;
 
   GradientsPass(const Gradients* args, int directions, int threads)
-      : args(args), seq(args[0].seq), directions(directions), threads(threads) {
-    N = seq.offsets ? seq.offsets[seq.T - 1] + seq.batch_sizes[seq.T - 1] : seq.T * seq.B;
-    if (N * 4 * seq.H * (seq.I + seq.P) * directions < kParallelProducts) this->threads = 1;
-    g_padded = round_up(4 * seq.H, Gemm::kPadK);
-    g_stride = round_up(g_padded, 64 / int64_t(sizeof(Elem)));
-    copy_dgates = !kAsStored || g_padded != 4 * seq.H;
-    input_columns = ColumnBlocks(args[0].grad_input ? seq.I : 0, V, 1);
+      : args(args),
+        seq(args[0].seq),
+        directions(directions),
+        threads(threads),
+        N(seq.first_row(seq.T - 1) + seq.rows(seq.T - 1)),
+        input(args, directions, N) {
+    if (group_products() < kParallelProducts) this->threads = 1;
   }
 
   int64_t lay_out(void* workspace) {
@@ -83,11 +80,11 @@ struct GradientsPass {
       return arena.used + private_bytes * threads;
     }
     claims.take(arena, threads > 1 ? threads : 0);
-    for (int d = 0; d < directions; ++d)
-      input_panels[d] = arena.take<Elem>(input_columns.padded() * g_padded);
+    input.lay_out(arena);
     // One job is done after another in the same space.
-    private_bytes = 64 * kWidth * int64_t(sizeof(A));
-    if (copy_dgates) private_bytes += kInputRows * g_stride * int64_t(sizeof(Elem));
+    Arena of_input{nullptr};
+    input.lay_out_own(of_input);
+    private_bytes = of_input.used;
     int64_t job_bytes = 0;
     for (int d = 0; d < directions; ++d)
       for (int projection = 0; projection < 2; ++projection) {
@@ -103,7 +100,9 @@ struct GradientsPass {
   }
 
   int team_size() const { return threads; }
-  int64_t group_products() const { return N * 4 * seq.H * (seq.I + seq.P) * directions; }
+  int64_t group_products() const {
+    return N * 4 * seq.H * ((seq.ids ? 0 : seq.I) + seq.P) * directions;
+  }
 
   // A thread that is still at it.
   struct Worker {
@@ -118,17 +117,11 @@ struct GradientsPass {
     Worker worker{thread, private_base + thread * private_bytes, threads};
     if (N <= kFewRows) return few_rows().run(thread, reinterpret_cast<A*>(worker.own));
     if (thread == 0) claims.clear();
-    for (int d = 0; d < directions; ++d)
-      for (int64_t b = thread; b < input_columns.count(); b += threads) {
-        const int64_t first = input_columns.first(b);
-        pack_dense_columns<Gemm>(static_cast<const T*>(args[d].weight_ih) + first, seq.I, 4 * seq.H,
-                                 input_columns.vectors_of(b), seq.I - first,
-                                 input_panels[d] + first * g_padded);
-      }
+    input.pack(thread, threads);
     for (int d = 0; d < directions; ++d)
       for (int projection = 0; projection < 2; ++projection)
         if (!weight_gradient(job_of(d, projection), worker)) return;
-    if (input_columns.columns > 0 && goes_on(worker)) input_gradient(worker);
+    if (input.wanted() && goes_on(worker)) input_gradient(worker);
   }
 
   // Meets the others; false where another thread does the rest.
@@ -153,14 +146,19 @@ struct GradientsPass {
       return {d, projection, static_cast<const T*>(a.grad_projected),
               ColumnBlocks(seq.P, V, threads), a.grad_weight_hr ? seq.H : 0};
     return {d, projection, static_cast<const T*>(a.dgates), ColumnBlocks(4 * seq.H, V, threads),
-            (a.grad_weight_ih ? seq.I : 0) + (a.grad_weight_hh ? seq.P : 0)};
+            (a.grad_weight_ih && !seq.ids ? seq.I : 0) + (a.grad_weight_hh ? seq.P : 0)};
+  }
+  // Whether it also adds rows of dgates to a table.
+  bool has_table(const Job& job) const {
+    return kTakesIds<T> && seq.ids && !job.projection && args[job.d].grad_weight_ih;
   }
 
   // `strips`, of the chunk in work and the next, `sums` and `bias` are all threads'.
   struct Buffers {
     Elem *strips[2], *rows, *step, *panels;
-    A* sums;  // [block][strips * R][kWidth]: where there are several chunks
-    A* bias;  // (blocks * kWidth)
+    A* sums;   // [block][strips * R][kWidth]: where there are several chunks
+    A* bias;   // (blocks * kWidth)
+    A* table;  // (blocks, I, kWidth)
     A* block_sums;
   };
 
@@ -180,6 +178,7 @@ struct GradientsPass {
     buffers.strips[1] = threads > 1 ? shared.take<Elem>(job.strips() * kStripSize) : nullptr;
     buffers.sums = shared.take<A>(N > kChunk ? blocks * block_sums : 0);
     buffers.bias = shared.take<A>(blocks * kWidth);
+    buffers.table = shared.take<A>(has_table(job) ? blocks * seq.I * kWidth : 0);
     buffers.rows = own.take<Elem>(Gemm::kPadK * right_stride(job));
     buffers.step = own.take<Elem>(Gemm::kStepK * right_stride(job));
     buffers.panels = own.take<Elem>(panels_of(job) * panel_size(job));
@@ -203,7 +202,7 @@ struct GradientsPass {
   // False where another thread does the rest.
   bool weight_gradient(const Job& job, Worker& worker) const {
     void* const bias = job.projection ? nullptr : args[job.d].grad_bias;
-    if (job.columns == 0 && !bias) return true;
+    if (job.columns == 0 && !bias && !has_table(job)) return true;
     Arena shared{job_base}, own{worker.own};
     const Buffers buffers = lay_out_job(job, shared, own);
     if (worker.step > 0 && !goes_on(worker)) return false;  // the job before had the same memory
@@ -280,7 +279,14 @@ struct GradientsPass {
         N > kChunk ? buffers.sums + block * job.strips() * R * kWidth : buffers.block_sums;
     const bool last = chunk.k + chunk.count == N;
     add_products(job, chunk, block, panel, strips_of(chunk, buffers), sums);
-    if (last) emit(job, block, sums);
+    A* const table = has_table(job) ? buffers.table + block * seq.I * kWidth : nullptr;
+    if constexpr (kTakesIds<T>) {
+      if (table && chunk.k == 0) memset(table, 0, size_t(seq.I * kWidth) * sizeof(A));
+      if (table)
+        add_rows_to_table(panel, job.blocks.vectors_of(block), seq.ids + chunk.k, chunk.count,
+                          table);
+    }
+    if (last) emit(job, block, sums, table);
     if (job.projection || !args[job.d].grad_bias) return;
     A* const bias = buffers.bias + block * kWidth;
     add_rows(job, chunk, block, panel, bias);
@@ -331,7 +337,7 @@ struct GradientsPass {
     if (there && job.projection)
       row = append(static_cast<const T*>(a.hidden) + k * seq.H, seq.H, row);
     if (there && !job.projection) {
-      if (a.grad_weight_ih) row = append(input_of<T>(a, from.t, from.b), seq.I, row);
+      if (a.grad_weight_ih && !seq.ids) row = append(input_of<T>(a, from.t, from.b), seq.I, row);
       if (a.grad_weight_hh) row = append(hidden_before<T>(a, from.t, from.b), seq.P, row);
     }
     memset(row, 0, size_t(end - row) * sizeof(Elem));
@@ -343,71 +349,33 @@ struct GradientsPass {
   }
 
   // One block's columns, as rows of the gradients that they belong to.
-  void emit(const Job& job, int64_t block, const A* sums) const {
+  void emit(const Job& job, int64_t block, const A* sums, const A* table) const {
     const Gradients& a = args[job.d];
-    const auto take = [&](void* gradient, int64_t count) {
+    const auto take = [&](void* gradient, int64_t count, const A* from) {
       if (!gradient) return;
       for (int v = 0; v < job.blocks.vectors_of(block); ++v)
         for (int64_t n = 0; n < count; n += V) {
           Vec<A> square[V] = {};
           for (int64_t l = 0; l < V && n + l < count; ++l)
-            square[l] = load(sums + (n + l) * kWidth + v * V);
+            square[l] = load(from + (n + l) * kWidth + v * V);
           transpose<A>(square);
           const int64_t m = job.blocks.first(block) + v * V;
           for (int64_t l = 0; l < V && m + l < job.blocks.columns; ++l)
             store_lanes<false>(static_cast<T*>(gradient) + (m + l) * count + n, square[l],
                                lanes_at<A>(n, count));
         }
-      sums += count * kWidth;
     };
-    if (job.projection) return take(a.grad_weight_hr, seq.H);
-    take(a.grad_weight_ih, seq.I);
-    take(a.grad_weight_hh, seq.P);
+    if (job.projection) return take(a.grad_weight_hr, seq.H, sums);
+    const bool behind = a.grad_weight_ih && !table;
+    take(a.grad_weight_ih, seq.I, table ? table : sums);
+    take(a.grad_weight_hh, seq.P, behind ? sums + seq.I * kWidth : sums);
   }
 
   void input_gradient(Worker& worker) const {
     Arena arena{worker.own};
-    A* sums = arena.take<A>(64 * kWidth);
-    Elem* copied = arena.take<Elem>(copy_dgates ? kInputRows * g_stride : 0);
-    static const A zeros[kWidth] = {};
-    T* dx = static_cast<T*>(args[0].grad_input);
-    StepBlocks chunks = blocks_of(worker, (N + kInputRows - 1) / kInputRows);
-    while (chunks.next()) {
-      const int64_t chunk = chunks.block();
-      const int64_t begin = chunk * kInputRows,
-                    end = begin + kInputRows < N ? begin + kInputRows : N;
-      if (copy_dgates && directions == 1) copy_rows(0, begin, end, copied);
-      for (int64_t block = 0; block < input_columns.count(); ++block) {
-        const int vectors = input_columns.vectors_of(block);
-        const int64_t column = input_columns.first(block);
-        for (int64_t r = begin, m; r < end; r += m) {
-          m = Gemm::next_rows(end - r, vectors);
-          for (int d = 0; d < directions; ++d) {
-            if (copy_dgates && directions > 1) copy_rows(d, r, r + m, copied);
-            const int64_t skip = directions > 1 ? 0 : r - begin;
-            const Elem* operand =
-                copy_dgates ? copied + skip * g_stride
-                            : reinterpret_cast<const Elem*>(args[d].dgates) + r * 4 * seq.H;
-            Gemm::run(int(m), vectors,
-                      {operand, copy_dgates ? g_stride : 4 * seq.H, Gemm::kStepK,
-                       input_panels[d] + column * g_padded, g_padded / Gemm::kStepK,
-                       d ? sums : zeros, d ? kWidth : 0, sums});
-          }
-          for (int i = 0; i < m; ++i)
-            for (int v = 0; v < vectors; ++v) {
-              const int64_t n = column + v * V;
-              const int lanes = lanes_at<A>(n, seq.I);
-              store_lanes<false>(dx + (r + i) * seq.I + n, load(sums + i * kWidth + v * V), lanes);
-            }
-        }
-      }
-    }
-  }
-
-  void copy_rows(int d, int64_t begin, int64_t end, Elem* to) const {
-    for (int64_t r = begin; r < end; ++r)
-      copy_row(static_cast<const T*>(args[d].dgates) + r * 4 * seq.H, 4 * seq.H,
-               to + (r - begin) * g_stride, g_padded);
+    const typename InputGradient<T>::Buffers own = input.lay_out_own(arena);
+    StepBlocks chunks = blocks_of(worker, input.chunks());
+    while (chunks.next()) input.run(chunks.block(), own);
   }
 };
 

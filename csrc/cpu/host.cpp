@@ -7,6 +7,8 @@
 #include <c10/core/Allocator.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "../operators.h"
 #include "block_cache.h"
 #include "threads.h"
@@ -15,11 +17,28 @@ namespace fused_lstm::cpu {
 
 namespace {
 
+// Of direction d; its ids are looked at here.
+Sequence sequence_on(const LayerCall& call, int64_t d) {
+  const Layer& layer = call.layer;
+  Sequence seq = sequence_of(layer, d);
+  if (!layer.ids) return seq;
+  TORCH_CHECK(call.dtype == kFloat32 || call.dtype == kFloat64,
+              "fused_lstm: ids go in with float32 or float64 weights only: give their rows");
+  seq.ids = call.input.const_data_ptr<int64_t>();
+  int64_t least = 0, most = 0;
+  for (int64_t n = 0; n < layer.N; ++n) {
+    least = std::min(least, seq.ids[n]);
+    most = std::max(most, seq.ids[n]);
+  }
+  TORCH_CHECK_INDEX(least >= 0 && most < layer.I, "index out of range in self");  // nn.Embedding's
+  return seq;
+}
+
 // Multiply-adds of a layer of this one's shape, but with so many inputs.
 int64_t products_of(const Layer& layer, int64_t inputs) {
   return layer.N * 4 * layer.H * (inputs + layer.P) * layer.directions;
 }
-int64_t products_of(const Layer& layer) { return products_of(layer, layer.I); }
+int64_t products_of(const Layer& layer) { return products_of(layer, layer.ids ? 0 : layer.I); }
 
 Threads threads_for(int64_t products) {
   return {products, at::in_parallel_region() ? 1 : at::get_num_threads()};
@@ -63,8 +82,8 @@ void describe(const ForwardCall& call, const Results& results, Forward* args) {
   for (int64_t d = 0; d < D; ++d) {
     const Weights& w = layer.weights[d];
     Forward& a = args[d];
-    a.seq = sequence_of(layer, d);
-    a.input = data(call.input);
+    a.seq = sequence_on(call, d);
+    a.input = layer.ids ? nullptr : data(call.input);
     a.input_stride_t = call.input.stride(0);
     a.input_stride_b = call.input.stride(layer.packed ? 0 : 1);
     a.weight_ih = data(w.ih);
@@ -203,7 +222,7 @@ LayerGradients backward(const BackwardCall& call) {
     const Weights& w = layer.weights[d];
     const int64_t column = d * layer.P;
     Backward& a = back[d];
-    a.seq = sequence_of(layer, d);
+    a.seq = sequence_on(call, d);
     a.grad_output = columns(dy, column);
     a.grad_output_stride_t = dy.defined() ? dy.stride(0) : 0;
     a.grad_output_stride_b = dy.defined() ? dy.stride(layer.packed ? 0 : 1) : 0;
@@ -226,7 +245,7 @@ LayerGradients backward(const BackwardCall& call) {
     Gradients& g = products[d];
     g.seq = a.seq;
     g.dgates = a.dgates;
-    g.input = data(call.input);
+    g.input = layer.ids ? nullptr : data(call.input);
     g.input_stride_t = call.input.stride(0);
     g.input_stride_b = call.input.stride(layer.packed ? 0 : 1);
     g.h_0 = part(call.h_0, d);

@@ -50,6 +50,7 @@ struct WavefrontPass {
     if (count < 2 || count > kMostLayers || threads < 2) return false;
     Sequence above = first;
     above.I = first.P;
+    above.ids = nullptr;
     const ForwardKind kind = Layer::kind(above);
     const ForwardPlan plan(above, 1, threads, kind);
     const int64_t bytes = 4 * plan.seq.H * (plan.x_padded + plan.h_padded) * kind.element_bytes;

@@ -85,6 +85,7 @@ struct Case {
   bool forward_only = false;
   std::vector<int64_t> sizes = {};  // of the batch at each step, packed; empty: some that shrink
   bool patient = true;              // the crew's
+  bool ids = false;                 // in place of one-hot rows, where the kernel takes them
 };
 
 struct Outcome {
@@ -107,6 +108,9 @@ Outcome run_with(const cpu::Kernel& kernel, Dtype dtype, const Case& c, Fill&& f
     N += sizes[size_t(t)];
   }
   const int64_t D = c.directions, H = c.H, P = c.P;
+  std::vector<int64_t> ids;
+  if (c.ids && (dtype == kFloat32 || dtype == kFloat64))
+    for (int64_t n = 0; n < N; ++n) ids.push_back(n * n % c.I);
   const float scale = 1.0f / std::sqrt(float(H));
   const Buffer input = data(N * c.I, 1), grad_output = data(N * D * P, 1);
   Outcome outcome;
@@ -142,18 +146,20 @@ Outcome run_with(const cpu::Kernel& kernel, Dtype dtype, const Case& c, Fill&& f
                           c.packed ? sizes.data() : nullptr,
                           c.packed ? offsets.data() : nullptr,
                           d == 1,
-                          c.projected};
+                          c.projected,
+                          ids.empty() ? nullptr : ids.data()};
+    const void* const x = seq.ids ? nullptr : input.at(0);
     const void *w_ih = constant(4 * H * c.I, scale), *w_hh = constant(4 * H * P, scale),
                *b_ih = constant(4 * H, scale), *b_hh = constant(4 * H, scale);
     const void* w_hr = c.projected ? constant(P * H, scale) : nullptr;
     const void *h_0 = constant(c.B * P, 1), *c_0 = constant(c.B * H, 1),
                *grad_h_n = constant(c.B * P, 1), *grad_c_n = constant(c.B * H, 1);
     void* y = outcome.buffers[output].at(d * P);
-    forward[d] = {seq,   input.at(0), c.packed ? 0 : c.B * c.I,
-                  c.I,   w_ih,        w_hh,
-                  b_ih,  b_hh,        w_hr,
-                  h_0,   c_0,         y,
-                  D * P, at(0),       at(1),
+    forward[d] = {seq,   x,     c.packed ? 0 : c.B * c.I,
+                  c.I,   w_ih,  w_hh,
+                  b_ih,  b_hh,  w_hr,
+                  h_0,   c_0,   y,
+                  D * P, at(0), at(1),
                   at(2), at(3)};
     void *hidden = c.projected ? at(7) : nullptr, *grad_projected = c.projected ? at(8) : nullptr;
     backward[d] = {seq,
@@ -174,7 +180,7 @@ Outcome run_with(const cpu::Kernel& kernel, Dtype dtype, const Case& c, Fill&& f
                    grad_projected};
     gradients[d] = {seq,
                     at(4),
-                    input.at(0),
+                    x,
                     c.packed ? 0 : c.B * c.I,
                     c.I,
                     h_0,
@@ -183,7 +189,7 @@ Outcome run_with(const cpu::Kernel& kernel, Dtype dtype, const Case& c, Fill&& f
                     w_ih,
                     hidden,
                     grad_projected,
-                    outcome.buffers[grad_input].at(0),
+                    x ? outcome.buffers[grad_input].at(0) : nullptr,
                     at(9),
                     at(10),
                     at(11),

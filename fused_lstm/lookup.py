@@ -1,0 +1,104 @@
+"""Ids in place of the rows of an embedding that they name.
+
+x W_ih^T takes 4H * I multiplications for every row of the input. Of an embedding E of V rows there
+are only V different ones: E W_ih^T is computed once, by torch, and the kernel takes rows of it, as
+if the input were one-hot and W_ih were W_ih E^T. The backward adds rows of dgates where it would
+multiply them for dW_ih and dx, and torch's gradients of that product do the rest.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.utils.rnn import PackedSequence
+
+from .backends import choose
+from .functional import Call, transform
+
+# In 16 bits the table itself would be rounded, as nn.LSTM's sums are not.
+DTYPES = frozenset({torch.float32, torch.float64})
+# Rows of the embedding: a block's part of the table, 128 to 256 bytes a row, is to stay in a cache.
+MOST_ROWS = 1024
+# Steps and sequences for each of them: below, the table costs as much as it saves.
+LEAST_USES = 2
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Ids:
+    """Ids of rows of a matrix (V, I), which nobody has looked up."""
+
+    ids: Tensor  # (T, B), (B, T), (T,), or (N,) of a packed sequence
+    matrix: Tensor
+
+    def rows(self) -> Tensor:
+        return functional.embedding(self.ids, self.matrix)
+
+    def give(self, call: Call) -> None:
+        """To a call that was prepared with rows in their place."""
+        each = len(call.weights) // (call.options.num_layers * call.directions)
+        weights = list(call.weights)
+        for w_ih in range(0, each * call.directions, each):
+            weights[w_ih] = weights[w_ih] @ self.matrix.t()
+        call.weights, call.input = weights, self.ids
+        if call.batch_sizes is None and call.batch_dim != 1:
+            only_one = call.batch_dim is None
+            call.input = self.ids.unsqueeze(1) if only_one else self.ids.transpose(0, 1)
+
+
+def look_up(input: Any, embedding: nn.Module | Tensor) -> tuple[Any, Ids | None]:
+    """The rows that ids name; or rows of that shape without meaning, and the ids, where the kernel
+    looks them up.
+
+    Args:
+        input: ids, a tensor or a `PackedSequence` of them.
+        embedding: (V, I), or a module that makes rows of ids.
+    """
+    packed = isinstance(input, PackedSequence)
+    ids: Tensor = input.data if packed else input
+    matrix = _matrix(embedding)
+    found = None
+    if matrix is not None and _serves(ids, matrix):
+        found = Ids(ids, matrix)
+        rows = matrix.detach()[0].expand(*ids.shape, matrix.shape[1])
+    elif isinstance(embedding, nn.Module):
+        rows = embedding(ids)
+    else:
+        rows = functional.embedding(ids, embedding)
+    return (PackedSequence(rows, *input[1:]) if packed else rows), found
+
+
+def _matrix(embedding: nn.Module | Tensor) -> Tensor | None:
+    """Its rows, where looking them up is all that it does."""
+    if isinstance(embedding, Tensor):
+        return embedding
+    if type(embedding) is not nn.Embedding:
+        return None
+    plain = (
+        embedding.padding_idx is None
+        and embedding.max_norm is None
+        and not (embedding.scale_grad_by_freq or embedding.sparse)
+        and "forward" not in embedding.__dict__
+        and not any(getattr(embedding, hooks) for hooks in _HOOKS)
+        and not _has_any_global_hook()
+    )
+    return embedding.weight if plain else None
+
+
+def _serves(ids: Tensor, matrix: Tensor) -> bool:
+    """Whether the kernel takes these, and it is worth it."""
+    return (
+        ids.dtype is torch.int64
+        and ids.device == matrix.device
+        and matrix.is_cpu
+        and matrix.dim() == 2
+        and matrix.dtype in DTYPES
+        and not torch.is_autocast_enabled("cpu")
+        and 0 < matrix.shape[0] <= MOST_ROWS
+        and LEAST_USES * matrix.shape[0] <= ids.numel()
+        and choose(matrix, matrix.dtype, transform()) == "cpu"
+    )

@@ -1,0 +1,402 @@
+"""Ids and an embedding in place of its rows: the results are as with the rows, and the kernel looks
+them up by itself wherever it can."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from parity import DTYPES, Options, assert_close, assert_same_bits
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.utils.flop_counter import FlopCounterMode
+
+from fused_lstm import FusedLSTM, backend, lookup
+
+V = 11
+
+
+class Model(nn.Module):
+    """An embedding and an LSTM, which together take ids."""
+
+    def __init__(self, lstm: nn.Module, embedding: nn.Embedding, together: bool = False) -> None:
+        super().__init__()
+        self.lstm, self.embedding, self.together = lstm, embedding, together
+
+    def forward(self, ids: Any, hx: Any = None) -> Any:
+        if self.together:
+            return self.lstm(ids, hx, embedding=self.embedding)
+        if isinstance(ids, PackedSequence):
+            return self.lstm(PackedSequence(self.embedding(ids.data), *ids[1:]), hx)
+        return self.lstm(self.embedding(ids), hx)
+
+
+@pytest.fixture
+def looked_up(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each call, whether ids went to the kernel."""
+    seen = []
+
+    def watched(*arguments: Any) -> Any:
+        found = lookup.look_up(*arguments)
+        seen.append(found[1] is not None)
+        return found
+
+    monkeypatch.setattr("fused_lstm.module.look_up", watched)
+    return seen
+
+
+def ids_for(options: Options, rows: int = V) -> Any:
+    T, B = options.T, options.B
+    if options.kind in ("packed", "unsorted"):
+        sequences = [torch.randint(rows, (length,)) for length in options.lengths()]
+        return pack_sequence(sequences, enforce_sorted=options.kind == "packed")
+    shape = (T,) if options.kind == "2-D" else (B, T) if options.batch_first else (T, B)
+    return torch.randint(rows, shape)
+
+
+def models(options: Options, dtype: torch.dtype, rows: int = V) -> tuple[Model, Model, Model]:
+    """nn.LSTM in float64, in `dtype`, and FusedLSTM, of the same numbers."""
+    stock = Model(options.lstm(dtype=dtype), nn.Embedding(rows, options.I, dtype=dtype))
+    fused = Model(FusedLSTM.from_torch(stock.lstm), copy.deepcopy(stock.embedding), together=True)
+    return copy.deepcopy(stock).double(), stock, fused
+
+
+def results(model: Model, ids: Any, hx: Any, cotangents: list[Tensor]) -> dict[str, Tensor]:
+    dtype = model.embedding.weight.dtype
+    hx = None if hx is None else tuple(state.to(dtype, copy=True).requires_grad_() for state in hx)
+    model.zero_grad()
+    output, (h_n, c_n) = model(ids, hx)
+    output = output.data if isinstance(ids, PackedSequence) else output
+    found = [output, h_n, c_n]
+    torch.autograd.backward(found, [cotangent.to(dtype) for cotangent in cotangents])
+    named = dict(zip(("output", "h_n", "c_n"), found, strict=True))
+    for name, state in zip(("grad h_0", "grad c_0"), hx or (), strict=False):
+        named[name] = state.grad
+    for name, parameter in model.named_parameters():
+        named[f"grad {name}"] = parameter.grad
+    return {name: value.detach().clone() for name, value in named.items()}
+
+
+def arguments(model: Model, ids: Any, options: Options) -> tuple[Any, list[Tensor]]:
+    """hx and cotangents, in float32 or the model's dtype if it is narrower."""
+    dtype = torch.promote_types(model.embedding.weight.dtype, torch.float32)
+    model = copy.deepcopy(model).to(dtype)
+    with torch.no_grad():
+        output, states = model(ids)
+    output = output.data if isinstance(ids, PackedSequence) else output
+    cotangents = [torch.randn_like(each) for each in (output, *states)]
+    hx = tuple(torch.randn_like(state) for state in states) if options.given_hx else None
+    return hx, cotangents
+
+
+def check(options: Options, dtype: torch.dtype, rows: int = V) -> None:
+    exact, stock, fused = models(options, dtype, rows)
+    ids = ids_for(options, rows)
+    given = arguments(stock, ids, options)
+    rounded = [[t.to(dtype) for t in each] if each else each for each in given]
+    truth, yardstick, found = (results(m, ids, *rounded) for m in (exact, stock, fused))
+    assert_close(found, yardstick, truth)
+
+
+OPTIONS = [
+    Options(layers, bias, first, both, proj, hx, kind, T=9)
+    for layers, bias, (first, kind), both, proj, hx in itertools.product(
+        (1, 3),
+        (True, False),
+        [(False, "3-D"), (True, "3-D"), (False, "2-D"), (False, "packed"), (True, "unsorted")],
+        (False, True),
+        (0, 5),
+        (True, False),
+    )
+]
+
+
+@pytest.mark.parametrize("dtype", lookup.DTYPES, ids=str)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_options(dtype: torch.dtype, threads: int, looked_up: list[bool]) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for options in OPTIONS:
+            check(options, dtype, rows=4)
+    finally:
+        torch.set_num_threads(before)
+    assert all(looked_up) and len(looked_up) == len(OPTIONS)
+
+
+# As sizes decide: nothing packed; dW row by row; several chunks of rows; columns split by threads,
+# or rows; few rows a step; parts of vectors; many rows of the embedding.
+SIZES = {
+    "dense": (Options(T=3, B=4, I=5, H=131), 6),
+    "one step": (Options(T=1, B=9, I=5, H=131), 4),
+    "few rows": (Options(T=2, B=3, I=5, H=33), 3),
+    "chunks": (Options(T=67, B=12, I=7, H=97), 65),
+    "by units": (Options(T=13, B=33, I=31, H=353), 65),
+    "two directions": (Options(T=37, B=20, I=9, H=65, bidirectional=True, proj_size=31), 33),
+    "few sequences": (Options(T=301, B=2, I=9, H=129), 65),
+    "many sequences": (Options(T=9, B=131, I=3, H=29, kind="packed"), 65),
+    "many rows": (Options(T=97, B=23, I=5, H=19), 1003),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", lookup.DTYPES, ids=str)
+def test_sizes(size: str, dtype: torch.dtype, looked_up: list[bool]) -> None:
+    check(*SIZES[size][:1], dtype, SIZES[size][1])
+    assert all(looked_up)
+
+
+def test_layers_at_once(looked_up: list[bool]) -> None:
+    """A stack whose layers threads compute at once: csrc/cpu/wavefront.h."""
+    lstm, embedding = FusedLSTM(17, 129, num_layers=3), nn.Embedding(65, 17)
+    ids = torch.randint(65, (300, 1))
+    with torch.no_grad():
+        found, states = lstm(ids, embedding=embedding)
+        expected, expected_states = lstm(embedding(ids))
+    torch.testing.assert_close((found, states), (expected, expected_states))
+    assert looked_up == [True]
+
+
+def test_one_hot() -> None:
+    """The identity as embedding; each sum has one summand that isn't zero, so it has no error."""
+    lstm = FusedLSTM(V, 17, batch_first=True)
+    ids = torch.randint(V, (3, 19))
+    found = lstm(ids, embedding=torch.eye(V))
+    expected = lstm(nn.functional.one_hot(ids, V).float())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_same_bits_for_any_number_of_threads() -> None:
+    """Of the operators: what W_ih E^T is, torch decides."""
+    torch.manual_seed(0)
+    ids = torch.randint(65, (37, 20))
+    h_0, c_0 = torch.randn(1, 20, 353), torch.randn(1, 20, 353)
+    weights = [parameter.detach() for parameter in FusedLSTM(65, 353).parameters()]
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results = dict(enumerate(forward_and_backward(ids, h_0, c_0, weights)))
+        found.append({str(key): value for key, value in results.items()})
+    torch.set_num_threads(before)
+    for other in found[1:]:
+        assert_same_bits(found[0], other, "threads")
+
+
+def forward_and_backward(
+    ids: Tensor, h_0: Tensor, c_0: Tensor, weights: list[Tensor]
+) -> list[Tensor]:
+    ops = torch.ops.fused_lstm
+    output, h_n, c_n, gates, cells = ops.lstm_forward(ids, None, h_0, c_0, weights)
+    needs = [False, True, True] + [True] * len(weights)
+    grads = ops.lstm_backward(
+        output, h_n, c_n, ids, None, h_0, c_0, weights, output, gates, cells, needs
+    )
+    return [output, h_n, c_n, gates, cells, *grads[1:3], *grads[3]]
+
+
+# --- where the rows are looked up by torch --------------------------------------------------------
+
+
+def scaled(embedding: nn.Module) -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(embedding)
+
+
+OTHERWISE: dict[str, Callable[[], Any]] = {
+    "padding_idx": lambda: nn.Embedding(V, 3, padding_idx=2),
+    "max_norm": lambda: nn.Embedding(V, 3, max_norm=0.5),
+    "scale_grad_by_freq": lambda: nn.Embedding(V, 3, scale_grad_by_freq=True),
+    "another module": lambda: nn.Sequential(nn.Embedding(V, 3), nn.Tanh()),
+    "parametrized": lambda: scaled(nn.Embedding(V, 3)),
+    "many rows": lambda: nn.Embedding(lookup.MOST_ROWS + 1, 3),
+    "few ids": lambda: nn.Embedding(100, 3),
+}
+
+
+@pytest.mark.parametrize("why", OTHERWISE)
+def test_the_rows_where_there_is_more_to_do(why: str, looked_up: list[bool]) -> None:
+    embedding = OTHERWISE[why]()
+    other = copy.deepcopy(embedding)
+    lstm = FusedLSTM(3, 17)
+    ids = torch.randint(V, (7, 5))
+    gradients = []
+    for found in (lstm(ids, embedding=embedding), lstm(other(ids))):
+        lstm.zero_grad()
+        found[0].pow(2).sum().backward()
+        gradients.append([p.grad.clone() for p in lstm.parameters()])
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    for one, two in zip(embedding.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=0, atol=0)
+    assert looked_up == [False]
+
+
+def test_hooks_of_the_embedding_run() -> None:
+    embedding, seen = nn.Embedding(V, 3), []
+    embedding.register_forward_hook(lambda module, args, result: seen.append(result.shape))
+    FusedLSTM(3, 17)(torch.randint(V, (7, 5)), embedding=embedding)
+    assert seen == [(7, 5, 3)]
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype not in lookup.DTYPES])
+def test_sixteen_bits(dtype: torch.dtype, looked_up: list[bool]) -> None:
+    lstm, embedding = FusedLSTM(3, 17, dtype=dtype), nn.Embedding(V, 3, dtype=dtype)
+    ids = torch.randint(V, (7, 5))
+    found, expected = lstm(ids, embedding=embedding), lstm(embedding(ids))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert looked_up == [False]
+
+
+def test_autocast(looked_up: list[bool]) -> None:
+    lstm, embedding = FusedLSTM(3, 17), nn.Embedding(V, 3)
+    ids = torch.randint(V, (7, 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = lstm(ids, embedding=embedding), lstm(embedding(ids))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert looked_up == [False]
+
+
+def test_forced_backend(looked_up: list[bool]) -> None:
+    lstm, embedding = FusedLSTM(3, 17), nn.Embedding(V, 3)
+    ids = torch.randint(V, (7, 5))
+    expected = lstm(ids, embedding=embedding)
+    with backend("reference"):
+        found = lstm(ids, embedding=embedding)
+    torch.testing.assert_close(found, expected)
+    assert looked_up == [True, False]
+
+
+# --- transforms, orders and compilers -------------------------------------------------------------
+
+
+@pytest.fixture
+def pair() -> tuple[Model, Model]:
+    """The same model in float64, with rows and with ids."""
+    _, stock, fused = models(Options(num_layers=2, H=3), torch.float64, 4)
+    return stock, fused
+
+
+def loss(model: Model, ids: Tensor) -> Tensor:
+    output, (h_n, c_n) = model(ids)
+    return output.pow(2).sum() + h_n.sum() * c_n.sin().sum()
+
+
+def test_double_backward(pair: tuple[Model, Model], looked_up: list[bool]) -> None:
+    ids, found = torch.randint(4, (5, 3)), []
+    for model in pair:
+        parameters = list(model.parameters())
+        first = torch.autograd.grad(loss(model, ids), parameters, create_graph=True)
+        norm = torch.stack([grad.pow(2).sum() for grad in first]).sum()
+        found.append((first, torch.autograd.grad(norm, parameters)))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+    assert looked_up == [True]
+
+
+def test_torch_func(pair: tuple[Model, Model]) -> None:
+    ids, found = torch.randint(4, (5, 3)), []
+    for model in pair:
+        parameters = dict(model.named_parameters())
+
+        def of(parameters: dict[str, Tensor], model: Model = model) -> Tensor:
+            return torch.func.functional_call(model, parameters, (ids,))[0].pow(2).sum()
+
+        found.append(torch.func.grad(of)(parameters))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
+def test_batched_backward(pair: tuple[Model, Model]) -> None:
+    """Several cotangents at once, of what was recorded with ids."""
+    ids, found = torch.randint(4, (5, 3)), []
+    cotangents = torch.randn(2, 5, 3, 3, dtype=torch.float64)
+    for model in pair:
+        output, _ = model(ids)
+        parameters = list(model.parameters())
+        found.append(torch.autograd.grad(output, parameters, cotangents, is_grads_batched=True))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
+def test_compile(pair: tuple[Model, Model], looked_up: list[bool]) -> None:
+    _, model = pair
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ids = torch.randint(4, (5, 3))
+    found = []
+    for run in (model, compiled):
+        model.zero_grad()
+        output, states = run(ids)
+        output.pow(2).sum().backward()
+        found.append((output, states, [p.grad.clone() for p in model.parameters()]))
+    torch.testing.assert_close(*found)
+    assert looked_up == [True, True]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_opcheck(packed: bool) -> None:
+    lstm = FusedLSTM(V, 5, bidirectional=True)
+    h_0, c_0 = torch.randn(2, 3, 5, requires_grad=True), torch.randn(2, 3, 5, requires_grad=True)
+    sizes = torch.tensor([3, 2, 2]) if packed else None
+    ids = torch.randint(V, (7,) if packed else (7, 3))
+    operands = (ids, sizes, h_0, c_0, list(lstm.parameters()))
+    ops = torch.ops.fused_lstm
+    torch.library.opcheck(ops.lstm_forward.default, operands)
+    plain = (ids, sizes, h_0.detach(), c_0.detach(), [p.detach() for p in lstm.parameters()])
+    torch.library.opcheck(ops.lstm_inference.default, plain)
+    torch.library.opcheck(ops.lstm_stack_inference.default, (*plain, 1))
+
+
+def test_flops() -> None:
+    """W_ih E^T, its two gradients, and h W_hh^T and its two: none of the input."""
+    lstm, embedding = FusedLSTM(3, 17), nn.Embedding(V, 3)
+    with FlopCounterMode(display=False) as counter:
+        # Of a module, FlopCounterMode has a hook.
+        lstm(torch.randint(V, (7, 5)), embedding=embedding.weight)[0].sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 4 * 17 * (V * 3 + 7 * 5 * 17)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("id", [-1, V])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_ids_that_name_no_row(id: int, recorded: bool) -> None:
+    lstm, embedding = FusedLSTM(3, 17), nn.Embedding(V, 3)
+    ids = torch.randint(V, (7, 5))
+    ids[6, 4] = id
+    with torch.set_grad_enabled(recorded), pytest.raises(IndexError) as found:
+        lstm(ids, embedding=embedding)
+    with pytest.raises(IndexError) as expected:
+        embedding(ids)
+    assert str(found.value) == str(expected.value)
+
+
+def test_errors_are_those_of_the_rows() -> None:
+    lstm, embedding = FusedLSTM(3, 17), nn.Embedding(V, 3)
+    ids = torch.randint(V, (7, 5))
+    wrong = [(ids, (torch.zeros(1, 4, 17),) * 2), (ids[None, None], None), (ids[:0], None)]
+    for ids, hx in wrong:
+        with pytest.raises(Exception) as expected:  # noqa: PT011
+            lstm(embedding(ids), hx)
+        with pytest.raises(type(expected.value)) as found:
+            lstm(ids, hx, embedding=embedding)
+        assert str(found.value) == str(expected.value)
+    with pytest.raises(RuntimeError, match="input.size"):
+        lstm(ids, embedding=nn.Embedding(V, 4))
+
+
+def test_what_the_operators_refuse() -> None:
+    ids = torch.randint(V, (7, 5))
+    weights = [p.detach() for p in FusedLSTM(V, 17).parameters()]
+    state = torch.zeros(1, 5, 17)
+    ops = torch.ops.fused_lstm
+    with pytest.raises(RuntimeError, match="float32 or float64 weights only: give their rows"):
+        ops.lstm_inference(ids, None, state.half(), state.half(), [w.half() for w in weights])
+    with pytest.raises(RuntimeError, match=r"\(T, B, I\), or ids \(T, B\)"):
+        ops.lstm_inference(ids[0], None, state, state, weights)
+    output, _, _, gates, cells = ops.lstm_forward(ids, None, state, state, weights)
+    saved = (ids, None, state, state, weights, output, gates, cells)
+    with pytest.raises(RuntimeError, match="ids have no gradient"):
+        ops.lstm_backward(output, None, None, *saved, [True] * 7)
+    with pytest.raises(IndexError):
+        ops.lstm_backward(output, None, None, ids + V, *saved[1:], [False] * 3 + [True] * 4)
