@@ -130,9 +130,21 @@ class CharacterModel(nn.Module):
     def forward(self, ids: Tensor, states: States) -> tuple[Tensor, States]:
         """ids (B, T) int64 and states as of `zero_states` -> logits (B*T, V), states."""
         # A GRU's or an RNN's state is one tensor, not a pair.
-        output, last = self.recurrent(self.features(ids), states if len(states) > 1 else states[0])
+        output, last = self._recur(ids, states if len(states) > 1 else states[0])
         states = last if isinstance(last, tuple) else (last,)
         return self._logits(output).flatten(0, 1), states
+
+    def _recur(self, ids: Tensor, hx: Any) -> tuple[Tensor, Any]:
+        """Output (B, T, H) and last states of the recurrent layers."""
+        if self.hyperparameters["cell"] != "fused":
+            return self.recurrent(self.features(ids), hx)
+        like = self.linear.weight
+        embedding: Any = (
+            self.embedding
+            if self.hyperparameters["embedding"]
+            else torch.eye(self.vocabulary_size, dtype=like.dtype, device=like.device)
+        )
+        return self.recurrent(ids, hx, embedding=embedding)
 
     def _logits(self, output: Tensor) -> Tensor:
         """(B, T, V) of the recurrent layers' output (B, T, H), a view of (T, B, H) that the linear
