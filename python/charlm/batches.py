@@ -19,6 +19,8 @@ from charlm.shuffling import Permutation
 Batch = tuple[Tensor, Tensor]
 IGNORED = -100  # a label that torch's cross-entropy takes no notice of
 _RELEASE_EVERY = 16  # batches; each reads 64 KB a row, the pages around it included
+# Batches whose places in the order are computed at once: one by one they take as long.
+_ORDERED_AT_ONCE = 64
 
 
 class Batches(Protocol):
@@ -69,11 +71,14 @@ class Windows:
     def epoch(self, index: int, first: int = 0) -> Iterator[Batch]:
         # Seeds of neighbouring runs must not share epochs, as seed + index would.
         order = Permutation(self.samples, self._seed * 1_000_003 + index)
+        B = self._batch_size
         for batch in range(first, len(self)):
             if batch % _RELEASE_EVERY == 0:
                 release(self._ids)
-            begin = batch * self._batch_size
-            window = _tensor(self._windows[order(begin, begin + self._batch_size)])
+            at = (batch - first) % _ORDERED_AT_ONCE * B
+            if at == 0:
+                places = order(batch * B, (batch + _ORDERED_AT_ONCE) * B)
+            window = _tensor(self._windows[places[at : at + B]])
             yield window[:, :-1], window[:, 1:]
 
 
