@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from charlm.batches import Batch, Batches
 from charlm.model import CharacterModel, States, detach
@@ -70,8 +69,7 @@ def _gradients(model: CharacterModel, batch: Batch, states: States | None) -> tu
     """The mean loss, whose gradients are in the parameters' .grad then, and the states."""
     device = model.linear.weight.device
     features, labels = batch[0].to(device), batch[1].to(device)
-    logits, states = model(features, states or model.zero_states(len(features)))
-    loss = functional.cross_entropy(logits, labels.flatten())
+    loss, states = model(features, states or model.zero_states(len(features)), labels)
     model.zero_grad()
     loss.backward()
     return loss.detach(), detach(states)

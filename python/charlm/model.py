@@ -127,12 +127,22 @@ class CharacterModel(nn.Module):
         with torch.device("meta"):
             return cls(vocabulary_size, **hyperparameters)
 
-    def forward(self, ids: Tensor, states: States) -> tuple[Tensor, States]:
-        """ids (B, T) int64 and states as of `zero_states` -> logits (B*T, V), states."""
+    def forward(
+        self, ids: Tensor, states: States, labels: Tensor | None = None
+    ) -> tuple[Tensor, States]:
+        """ids (B, T) int64 and states as of `zero_states` -> logits (B*T, V), states.
+
+        With labels (B, T) int64, their mean cross-entropy, 0-d, in the logits' place.
+        """
         # A GRU's or an RNN's state is one tensor, not a pair.
         output, last = self._recur(ids, states if len(states) > 1 else states[0])
         states = last if isinstance(last, tuple) else (last,)
-        return self._logits(output).flatten(0, 1), states
+        # The output (B, T, H) is a view of (T, B, H), whose rows are dense in this order.
+        logits = self.linear(self.dropout(output.transpose(0, 1)))
+        if labels is None:
+            return logits.transpose(0, 1).flatten(0, 1), states
+        loss = functional.cross_entropy(logits.flatten(0, 1).float(), labels.t().flatten())
+        return loss, states
 
     def _recur(self, ids: Tensor, hx: Any) -> tuple[Tensor, Any]:
         """Output (B, T, H) and last states of the recurrent layers."""
@@ -145,14 +155,6 @@ class CharacterModel(nn.Module):
             else torch.eye(self.vocabulary_size, dtype=like.dtype, device=like.device)
         )
         return self.recurrent(ids, hx, embedding=embedding)
-
-    def _logits(self, output: Tensor) -> Tensor:
-        """(B, T, V) of the recurrent layers' output (B, T, H), a view of (T, B, H) that the linear
-        layer would copy. Where they are narrower, the logits are copied: 2 to 4 % of a step at H
-        256 and 512, V 65."""
-        if output.shape[2] < 2 * self.vocabulary_size:
-            return self.linear(self.dropout(output))
-        return self.linear(self.dropout(output.transpose(0, 1))).transpose(0, 1)
 
     def features(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> what goes into the recurrent layers, (B, T, E or V)."""
