@@ -168,6 +168,9 @@ PYBIND11_MODULE(_C, m) {
       .def("lasts", &cpu::Contention::lasts, py::arg("now"))
       .def("report", &cpu::Contention::report, py::arg("stalled"), py::arg("began"),
            py::arg("now"));
+  py::class_<cpu::Queue>(m, "Queue", "Whether this process's threads stand in line for processors.")
+      .def(py::init<int64_t, std::string>(), py::arg("now"), py::arg("tasks") = "/proc/self/task")
+      .def("stood_in", &cpu::Queue::stood_in, py::arg("now"));
   py::class_<cpu::Pace>(m, "Pace", "Whether brief calls follow one upon the other.")
       .def(py::init<>())
       .def("quick", &cpu::Pace::quick, py::arg("now"));

@@ -125,6 +125,31 @@ def test_contention_lasts_where_trying_again_stalls() -> None:
     assert not contention.lasts(200)
 
 
+def test_a_processor_that_is_gone_is_no_contention(tmp_path: Path) -> None:
+    """A stall counts only where threads have stood in line for a processor meanwhile, for a
+    twentieth of the time: a virtual machine's processor may be taken away, and neither a pause nor
+    sleeping threads help then. A step of H 96 took 19 ms, not 8, for as long as the process ran."""
+    ms = 1_000_000
+
+    def stand(**waited: int) -> None:
+        for thread, nanoseconds in waited.items():
+            (tmp_path / thread).mkdir(exist_ok=True)
+            (tmp_path / thread / "schedstat").write_text(f"123 {nanoseconds} 9\n")
+
+    stand(one=7 * ms, two=0)
+    queue = _C.Queue(0, str(tmp_path))
+    assert not queue.stood_in(10 * ms)
+    stand(one=9 * ms)
+    assert queue.stood_in(20 * ms) and not queue.stood_in(21 * ms)
+    stand(two=2 * ms)
+    assert not queue.stood_in(100 * ms)  # 2 of 79
+    stand(two=int(2.9 * ms))
+    assert not queue.stood_in(101 * ms)  # too short for another program's turn
+    stand(two=4 * ms, three=8 * ms)
+    assert queue.stood_in(201 * ms)
+    assert _C.Queue(0, str(tmp_path / "none")).stood_in(1)  # nothing is known
+
+
 CROWD = """
 import os, time, torch
 from fused_lstm import _C

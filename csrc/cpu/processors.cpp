@@ -72,6 +72,22 @@ int affinity() {
   return std::max(1, int(std::thread::hardware_concurrency()));
 }
 
+// All threads of a process, in whose folder of tasks each has one; negative where it isn't said.
+int64_t nanoseconds_in_line(const std::string& tasks) {
+  int64_t all = -1;
+#if defined(__linux__)
+  if (DIR* folder = opendir(tasks.c_str())) {
+    while (const dirent* entry = readdir(folder)) {
+      std::ifstream file(tasks + "/" + entry->d_name + "/schedstat");
+      int64_t running, in_line;
+      if (file >> running >> in_line) all = std::max<int64_t>(all, 0) + in_line;
+    }
+    closedir(folder);
+  }
+#endif
+  return all;
+}
+
 // --- fork ---------------------------------------------------------------------------------------
 
 // A child has the thread that forked and no other, while OpenMP's runtime still counts on those
@@ -128,6 +144,16 @@ int thread_limit(int wanted, const Processors& found) {
   if (found.quota > 0) limit = std::min(limit, int(std::ceil(found.quota)));
   if (found.cap > 0) limit = std::min(limit, found.cap);
   return std::max(limit, 1);
+}
+
+Queue::Queue(int64_t now, std::string tasks)
+    : tasks_(std::move(tasks)), asked_(now), before_(nanoseconds_in_line(tasks_)) {}
+
+bool Queue::stood_in(int64_t now) {
+  const int64_t all = nanoseconds_in_line(tasks_);
+  const int64_t stood = all - before_.exchange(all, std::memory_order_relaxed);
+  const int64_t since = now - asked_.exchange(now, std::memory_order_relaxed);
+  return all < 0 || (stood >= kLeast && stood >= since / 20);
 }
 
 std::atomic<bool> impatient{false}, any_pace{false};

@@ -27,6 +27,23 @@ Processors processors();
 // a forked child. A quota of 1.5 counts as 2: half of the time both run.
 int thread_limit(int wanted, const Processors& found);
 
+// Whether other programs want the processors: whether this process's threads have stood in line for
+// one for a twentieth of the time since the last question, as Linux counts it in each one's
+// schedstat. Where a virtual machine loses a processor for some milliseconds, threads wait for each
+// other as long, but nobody stands in line, and one thread would be slower still. Any thread may
+// call.
+class Queue {
+ public:
+  explicit Queue(int64_t now, std::string tasks = "/proc/self/task");
+  // At time `now`, in nanoseconds; true where Linux doesn't say, or it isn't Linux.
+  bool stood_in(int64_t now);
+
+ private:
+  static constexpr int64_t kLeast = 1'000'000;  // nanoseconds: a time slice is three times as long
+  const std::string tasks_;
+  std::atomic<int64_t> asked_, before_;
+};
+
 // Several threads are worth having only while each has a processor. Where a call lost more time in
 // waiting for one than they save, other programs want the processors: calls of its kind then
 // take one thread for a while, twice as long each time that trying again ends at once in the same

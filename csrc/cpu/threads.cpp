@@ -53,7 +53,9 @@ Contention& Threads::contention_of(bool short_ones) {
 void Threads::report(Waits waits) const {
   if (crew_.threads == 1 || !crew_.patient) return;
   const int64_t now = nanoseconds();
-  contention_of(short_).report(waits == kLost || (short_ && waits == kStalled), began_, now);
+  static Queue queue(now);
+  const bool waited = waits == kLost || (short_ && waits == kStalled);
+  contention_of(short_).report(waited && queue.stood_in(now), began_, now);
   if (contention_of(true).lasts(now) || contention_of(false).lasts(now))
     keep_crowd(crew_.threads);
   else
