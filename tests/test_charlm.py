@@ -265,8 +265,8 @@ def test_divergence_is_named(text: Path) -> None:
         (["--text", "."], "cannot read the text .: Is a directory"),
         (["--text", "latin1.txt"], "latin1.txt is not UTF-8 at byte 3"),
         (["--text", "empty.txt"], "has 0 characters"),
-        (["--text", "short.txt"], "has 1,801 characters, too few for one batch, which takes "
-                                  "32 x 64 + 1 = 2,049"),
+        (["--text", "short.txt", "--batch-size", 32],
+         "has 1,801 characters, too few for one batch, which takes 32 x 64 + 1 = 2,049"),
         (["--prompt", "caf\xe9"], "the prompt has the character 'é' at position 3, which"),
         (["--epochs", 2, "--steps", 3], "give one of epochs and steps, not both"),
         (["--lr", "nan"], "lr must be positive, got nan"),

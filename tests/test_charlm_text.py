@@ -120,7 +120,7 @@ def test_unknown_characters_are_named_with_their_position(small_pieces: None) ->
         (["--text", "absent.txt"], "cannot read the text absent.txt: No such file or directory"),
         (["--text", "text.txt", "--text", "absent.txt"], "cannot read the text absent.txt"),
         (["--text", "."], "cannot read the text .: Is a directory"),
-        (["--text", "empty.txt"], "has 0 characters, too few for one batch, which takes 32 x 64"),
+        (["--text", "empty.txt"], "has 0 characters, too few for one batch, which takes 16 x 64"),
         (["--text", "short.txt", "--batches", "windows"],
          "has 45 characters, too few for one window of 64 and the character after it, 65"),
         (["--text", "latin1.txt"], "latin1.txt is not UTF-8 at byte 3"),

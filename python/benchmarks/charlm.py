@@ -6,8 +6,8 @@ A step is the batch, the embedding or the one-hot vectors, the LSTM, dropout, th
 loss, the backward pass, clipping and the optimiser. `fused` and `torch` are charlm's own Trainer
 with `--cell fused` and `--cell lstm`; `plain` is nn.LSTM in a loop as people write it, its batches
 drawn as nanoGPT's are (trainers.py). A row is a preset whose cell is an LSTM, or the default one
-with 512 units, in a dtype and with a number of threads. Its text is random characters: what a text
-says doesn't matter to the speed.
+with 512 units and 32 rows, in a dtype and with a number of threads. Its text is random characters:
+what a text says doesn't matter to the speed.
 
 Each side is a process of its own; they take turns, and a ratio is the median over the rounds of the
 peer's median step over ours. A row of which a side takes too long for an answer has `error` in
@@ -44,7 +44,7 @@ def presets() -> dict[str, Config]:
     """What is trained, by name."""
     found = {name: read_preset(name)[0] for name in preset_names()}
     lstms = {name: config for name, config in found.items() if config.cell == "fused"}
-    return {**lstms, "default-512": lstms["default"].override({"hidden": 512})}
+    return {**lstms, "default-512": lstms["default"].override({"hidden": 512, "batch_size": 32})}
 
 
 PRESETS = presets()
