@@ -19,7 +19,7 @@ from charlm.shuffling import Permutation
 Batch = tuple[Tensor, Tensor]
 IGNORED = -100  # a label that torch's cross-entropy takes no notice of
 _RELEASE_EVERY = 16  # batches; each reads 64 KB a row, the pages around it included
-# Batches whose places in the order are computed at once: one by one they take as long.
+# Batches whose places in the order are computed at once, which takes as long as a single one's.
 _ORDERED_AT_ONCE = 64
 
 
