@@ -32,7 +32,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a text and two runs on it, "a" and "b", of which only "b" holds out a test."""
     folder = tmp_path_factory.mktemp("watching")
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
-    for name, more in (("a", []), ("b", ["--lr", "0.01", "--test", "0.2", "--cell", "lstm"])):
+    for name, more in (
+        ("a", ["--lr", "0.003"]),
+        ("b", ["--lr", "0.01", "--test", "0.2", "--cell", "lstm"]),
+    ):
         output = charlm("train", "--text", folder / "text.txt", "--run", folder / name, *SMALL,
                         *more)  # fmt: skip
         assert "saved in" in output
