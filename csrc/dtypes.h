@@ -19,4 +19,9 @@ inline std::optional<Dtype> dtype_of(at::ScalarType type) {
   return std::nullopt;
 }
 
+// Of sums, in the kernels: float32 for 16 bits.
+inline at::ScalarType sums_of(at::ScalarType type) {
+  return type == at::kBFloat16 || type == at::kHalf ? at::kFloat : type;
+}
+
 }  // namespace fused_lstm

@@ -9,6 +9,8 @@
 #include <optional>
 #include <vector>
 
+#include "dtypes.h"
+
 namespace fused_lstm {
 
 struct Weights {  // of one direction; undefined where absent
@@ -53,7 +55,8 @@ struct Layer {
     check(c_0, "c_0", {directions, B, H}, like);
     check(h_0, "h_0", {directions, B, P}, like);
     for (const Weights& w : weights) {
-      check(w.ih, "weight_ih", {4 * H, I}, like);
+      check(w.ih, "weight_ih", {4 * H, I}, like,
+            ids ? sums_of(like.scalar_type()) : like.scalar_type());
       check(w.hh, "weight_hh", {4 * H, P}, like);
       if (biased) check(w.bias_ih, "bias_ih", {4 * H}, like);
       if (biased) check(w.bias_hh, "bias_hh", {4 * H}, like);
@@ -76,10 +79,15 @@ struct Layer {
   // another: the input, or h_0 where there are ids.
   static void check(const at::Tensor& tensor, const char* name, at::IntArrayRef shape,
                     const at::Tensor& like) {
+    check(tensor, name, shape, like, like.scalar_type());
+  }
+  // The same, but for the dtype: that of a table of sums (cpu/table.h), where there are ids.
+  static void check(const at::Tensor& tensor, const char* name, at::IntArrayRef shape,
+                    const at::Tensor& like, at::ScalarType dtype) {
     TORCH_CHECK(tensor.sizes() == shape, "fused_lstm: expected ", name, " of shape ", shape,
                 ", got ", tensor.sizes());
-    TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), "fused_lstm: ", name, " is ",
-                tensor.scalar_type(), " but input is ", like.scalar_type(),
+    TORCH_CHECK(tensor.scalar_type() == dtype, "fused_lstm: ", name, " is ", tensor.scalar_type(),
+                " but ", dtype == like.scalar_type() ? "input is " : "with ids must be ", dtype,
                 ": convert one of them");
     TORCH_CHECK(tensor.device() == like.device(), "fused_lstm: ", name, " is on ", tensor.device(),
                 " but input is on ", like.device(), ": move one of them");

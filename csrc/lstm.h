@@ -27,8 +27,11 @@ struct Sequence {
   bool reverse;                // runs from step T - 1 to step 0
   bool projected;
   // (N), each below I: x is one-hot and given so, by its ones. The input is null then, its gradient
-  // isn't wanted, and elements are float or double. Null: the input is given.
+  // isn't wanted, and W_ih and its gradient are in the type of sums. Null: the input is given.
   const int64_t* ids = nullptr;
+
+  // Of x, how many numbers a row of weights multiplies.
+  int64_t multiplied() const { return ids ? 0 : I; }
 
   int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
   int64_t first_row(int64_t t) const { return offsets ? offsets[t] : t * B; }

@@ -167,7 +167,8 @@ struct LayerGradients {
   LayerGradients(const BackwardCall& call, const Make& make) {
     size_t index = 0;
     const auto gradient = [&](const at::Tensor& of) {
-      return call.needs[index++] ? make(of.sizes(), call.options) : at::empty({0}, call.options);
+      return call.needs[index++] ? make(of.sizes(), call.options.dtype(of.scalar_type()))
+                                 : at::empty({0}, call.options);
     };
     input = gradient(call.input);
     h_0 = gradient(call.h_0);

@@ -189,13 +189,23 @@ def _layers_function(call: Call) -> Callable[[Call], tuple[Tensor, Tensor, Tenso
     return partial(_layers, layer)
 
 
+def first_w_ih(call: Call) -> range:
+    """Where its weights have those of the first layer that multiply the input."""
+    each = len(call.weights) // (call.options.num_layers * call.directions)
+    return range(0, each * call.directions, each)
+
+
 def _cast(call: Call) -> None:
-    """All its tensors to the dtype that it is computed in."""
+    """All its tensors to the dtype that it is computed in, but for ids and their tables."""
     dtype = call.dtype
-    call.input = call.input.to(dtype)
+    tables: range | tuple[()] = ()
+    if call.input.dtype is torch.int64:
+        tables = first_w_ih(call)
+    else:
+        call.input = call.input.to(dtype)
     if call.hx is not None:
         call.hx = (call.hx[0].to(dtype), call.hx[1].to(dtype))
-    call.weights = [weight.to(dtype) for weight in call.weights]
+    call.weights = [w if k in tables else w.to(dtype) for k, w in enumerate(call.weights)]
 
 
 def _stack(call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,7 +219,7 @@ def _stack(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _zero_states(call: Call, count: int) -> States:
-    like = call.weights[0] if call.input.dtype is torch.int64 else call.input
+    like = call.weights[1] if call.input.dtype is torch.int64 else call.input
     c_0 = like.new_zeros((count, call.batch, call.options.hidden_size))
     if call.h_size == call.options.hidden_size:
         return c_0, c_0

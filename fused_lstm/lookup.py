@@ -3,7 +3,8 @@
 x W_ih^T takes 4H * I multiplications for every row of the input. Of an embedding E of V rows there
 are only V different ones: E W_ih^T is computed once, by torch, and the kernel takes rows of it, as
 if the input were one-hot and W_ih were W_ih E^T. The backward adds rows of dgates where it would
-multiply them for dW_ih and dx, and torch's gradients of that product do the rest.
+multiply them for dW_ih and dx, and torch's gradients of that product do the rest. In 16 bits and
+under autocast that product stays in float32, as nn.LSTM's sums do.
 """
 
 from dataclasses import dataclass
@@ -15,15 +16,15 @@ from torch.nn import functional
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.rnn import PackedSequence
 
-from .backends import choose
-from .functional import Call, transform
+from .backends import KERNEL_DTYPES, choose
+from .functional import Call, first_w_ih, transform
+from .reference import dtype_of_sums
 
-# In 16 bits the table itself would be rounded, as nn.LSTM's sums are not.
-DTYPES = frozenset({torch.float32, torch.float64})
 # Rows of the embedding: a block's part of the table, 128 to 256 bytes a row, is to stay in a cache.
 MOST_ROWS = 1024
-# Steps and sequences for each of them: below, the table costs as much as it saves.
-LEAST_USES = 2
+# Steps and sequences for each of them: below, the table costs as much as it saves. In 16 bits AMX
+# multiplies some ten times as fast as torch makes the table, but there is more that it saves.
+LEAST_USES = {8: 2, 4: 2, 2: 8}  # by the bytes of a number
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -40,10 +41,11 @@ class Ids:
 
     def give(self, call: Call) -> None:
         """To a call that was prepared with rows in their place."""
-        each = len(call.weights) // (call.options.num_layers * call.directions)
-        weights = list(call.weights)
-        for w_ih in range(0, each * call.directions, each):
-            weights[w_ih] = weights[w_ih] @ self.matrix.t()
+        dtype, weights = dtype_of_sums(call.dtype), list(call.weights)
+        with torch.autocast("cpu", enabled=False):
+            columns = self.matrix.to(dtype).t()
+            for w_ih in first_w_ih(call):
+                weights[w_ih] = weights[w_ih].to(dtype) @ columns
         call.weights, call.input = weights, self.ids
         if call.batch_sizes is None and call.batch_dim != 1:
             only_one = call.batch_dim is None
@@ -91,14 +93,14 @@ def _matrix(embedding: nn.Module | Tensor) -> Tensor | None:
 
 def _serves(ids: Tensor, matrix: Tensor) -> bool:
     """Whether the kernel takes these, and it is worth it."""
+    if ids.dtype is not torch.int64 or not (ids.is_cpu and matrix.is_cpu):
+        return False
+    if matrix.dim() != 2 or matrix.dtype not in KERNEL_DTYPES:
+        return False
+    narrow = torch.is_autocast_enabled("cpu")
+    uses = LEAST_USES[2 if narrow else matrix.itemsize]
     return (
-        ids.dtype is torch.int64
-        and ids.device == matrix.device
-        and matrix.is_cpu
-        and matrix.dim() == 2
-        and matrix.dtype in DTYPES
-        and not torch.is_autocast_enabled("cpu")
-        and 0 < matrix.shape[0] <= MOST_ROWS
-        and LEAST_USES * matrix.shape[0] <= ids.numel()
+        0 < matrix.shape[0] <= MOST_ROWS
+        and uses * matrix.shape[0] <= ids.numel()
         and choose(matrix, matrix.dtype, transform()) == "cpu"
     )

@@ -42,9 +42,10 @@ class FusedLSTM(nn.RNNBase):
         embedding: by name only. With it, an `nn.Embedding` of I features or a tensor (V, I), the
             input is int64 ids without I, (T, B), (B, T), (T,) or a `PackedSequence` of them, and
             `lstm(ids, hx, embedding=embedding)` is `lstm(embedding(ids), hx)`; the identity makes
-            them one-hot. On a CPU in float32 and float64, with up to 1,024 rows and twice as many
-            ids, the input's products are then taken once for each row of the embedding, not for
-            each of the input: a layer of H 96 and I 48 takes a third fewer multiplications.
+            them one-hot. On a CPU, with up to 1,024 rows and twice as many ids (in 16 bits and
+            under autocast eight times), the input's products are then taken once for each row of
+            the embedding, not for each of the input: a layer of H 96 and I 48 takes a third fewer
+            multiplications.
 
     Under autocast the products are computed in the autocast dtype and the results have the dtypes
     that `torch.nn.LSTM` gives on this processor; where it fails there with "could not create a

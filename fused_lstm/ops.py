@@ -4,7 +4,8 @@ The operators themselves, one LSTM layer with all its directions each, are regis
 compiled part; csrc/schemas.h holds their schemas. Triton's are as many more of the same
 (csrc/triton.cpp). For CPUs there is one more, of a stack of L layers. Shapes here: T steps, B
 sequences, I inputs, H cells, P outputs of one direction (H without projection), D directions, N
-rows (T*B, or packed). In place of an input's one-hot rows, CPUs also take int64 ids, without I.
+rows (T*B, or packed). In place of an input's one-hot rows, CPUs also take int64 ids, without I, and
+w_ih in the dtype of sums.
 """
 
 from collections.abc import Iterable, Sequence
@@ -122,7 +123,7 @@ def _forward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
 def _backward_shapes(*arguments: Any) -> Gradients:
     of = BackwardArguments(*arguments)
     return _gradients(
-        of.h_0.new_empty(tensor.shape if need else (0,))
+        tensor.new_empty(tensor.shape) if need else of.h_0.new_empty((0,))
         for tensor, need in zip(of.differentiable(), of.needs, strict=True)
     )
 

@@ -19,6 +19,10 @@ from torch.nn.functional import embedding, linear
 _ACCUMULATE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
+def dtype_of_sums(dtype: torch.dtype) -> torch.dtype:
+    return _ACCUMULATE.get(dtype, dtype)
+
+
 def lstm_layer(
     input: Tensor,
     batch_sizes: Tensor | None,
@@ -30,7 +34,7 @@ def lstm_layer(
 
     Args:
         input: (T, B, I), or packed rows (N, I) when `batch_sizes` is given; without I, int64 ids
-            of one-hot rows.
+            of one-hot rows, and w_ih in the dtype of sums, float32 for 16 bits.
         batch_sizes: None, or (T,) int64 on the CPU, non-increasing: the rows of each step.
         h_0: (D, B, P), D = 1 or 2 directions; the second runs from the last step to the first.
         c_0: (D, B, H); P = H when there is no projection.
@@ -69,7 +73,7 @@ def _one_direction(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = h_0.dtype
-    wide = _ACCUMULATE.get(dtype, dtype)
+    wide = dtype_of_sums(dtype)
     w_ih, w_hh = weights[0].to(wide), weights[1].to(wide)
     b_ih, b_hh = (weights[2].to(wide), weights[3].to(wide)) if len(weights) > 3 else (None, None)
     w_hr = weights[-1].to(wide) if len(weights) in (3, 5) else None

@@ -91,7 +91,7 @@ struct ForwardPass : ForwardPlan {
             sizeof(Elem),
             kSharedProducts<Gemm>,
             kAsStored,
-            worth_dense<T, Elem>(seq.T * seq.B, (seq.ids ? 0 : seq.I) + seq.P)};
+            worth_dense<T, Elem>(seq.T * seq.B, seq.multiplied() + seq.P)};
   }
 
   int64_t lay_out(void* workspace) {
@@ -173,8 +173,7 @@ struct ForwardPass : ForwardPlan {
     add_biases<T>(a.bias_ih, a.bias_hh, column, bias);
     if (dense) return;
     if (seq.ids) {
-      if constexpr (kTakesIds<T>)
-        pack_table(static_cast<const T*>(a.weight_ih), seq.I, column, bias, table(d, block));
+      pack_table(static_cast<const A*>(a.weight_ih), seq.I, column, bias, table(d, block));
     } else {
       pack_dense_k<Gemm>(static_cast<const T*>(a.weight_ih), seq.I, seq.I, kWidth, column,
                          dir.input_panels + block * kWidth * x_padded);
@@ -310,13 +309,11 @@ struct ForwardPass : ForwardPlan {
 
   // The same of a step's rows, by their ids.
   void look_up(const Step& step, int64_t block, A* inputs) const {
-    if constexpr (kTakesIds<T>) {
-      const int64_t* ids = seq.ids + step.first + step.active.begin;
-      if (!dense) return take_rows(table(step.d, block), ids, count_of(step.active), inputs);
-      take_columns(static_cast<const T*>(args[step.d].weight_ih), seq.I,
-                   gate_column<V>(block * V, seq.H), direction[step.d].bias + block * kWidth, ids,
-                   count_of(step.active), inputs);
-    }
+    const int64_t* ids = seq.ids + step.first + step.active.begin;
+    if (!dense) return take_rows(table(step.d, block), ids, count_of(step.active), inputs);
+    take_columns(static_cast<const A*>(args[step.d].weight_ih), seq.I,
+                 gate_column<V>(block * V, seq.H), direction[step.d].bias + block * kWidth, ids,
+                 count_of(step.active), inputs);
   }
 
   // x W_ih^T, or with `hidden` h W_hh^T, for one block of units.

@@ -39,7 +39,7 @@ struct ForwardPlan {
               int64_t most_steps = 0)
       : seq(seq), directions(directions), dense(kind.dense), slots(most_steps ? 2 : 1) {
     blocks = (seq.H + kind.V - 1) / kind.V;
-    x_padded = seq.ids ? 0 : round_up(seq.I, kind.pad);
+    x_padded = round_up(seq.multiplied(), kind.pad);
     h_padded = round_up(seq.P, kind.pad);
     m_padded = round_up(seq.H, kind.pad);
     const int64_t line = 64 / kind.element_bytes;

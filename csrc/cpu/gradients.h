@@ -100,9 +100,7 @@ struct GradientsPass {
   }
 
   int team_size() const { return threads; }
-  int64_t group_products() const {
-    return N * 4 * seq.H * ((seq.ids ? 0 : seq.I) + seq.P) * directions;
-  }
+  int64_t group_products() const { return N * 4 * seq.H * (seq.multiplied() + seq.P) * directions; }
 
   // A thread that is still at it.
   struct Worker {
@@ -146,11 +144,11 @@ struct GradientsPass {
       return {d, projection, static_cast<const T*>(a.grad_projected),
               ColumnBlocks(seq.P, V, threads), a.grad_weight_hr ? seq.H : 0};
     return {d, projection, static_cast<const T*>(a.dgates), ColumnBlocks(4 * seq.H, V, threads),
-            (a.grad_weight_ih && !seq.ids ? seq.I : 0) + (a.grad_weight_hh ? seq.P : 0)};
+            (a.grad_weight_ih ? seq.multiplied() : 0) + (a.grad_weight_hh ? seq.P : 0)};
   }
   // Whether it also adds rows of dgates to a table.
   bool has_table(const Job& job) const {
-    return kTakesIds<T> && seq.ids && !job.projection && args[job.d].grad_weight_ih;
+    return seq.ids && !job.projection && args[job.d].grad_weight_ih;
   }
 
   // `strips`, of the chunk in work and the next, `sums` and `bias` are all threads'.
@@ -280,17 +278,15 @@ struct GradientsPass {
     const bool last = chunk.k + chunk.count == N;
     add_products(job, chunk, block, panel, strips_of(chunk, buffers), sums);
     A* const table = has_table(job) ? buffers.table + block * seq.I * kWidth : nullptr;
-    if constexpr (kTakesIds<T>) {
-      if (table && chunk.k == 0) memset(table, 0, size_t(seq.I * kWidth) * sizeof(A));
-      if (table)
-        add_rows_to_table(panel, job.blocks.vectors_of(block), seq.ids + chunk.k, chunk.count,
-                          table);
-    }
+    const int vectors = job.blocks.vectors_of(block);
+    const auto left = left_of(job, chunk, block, panel);
+    if (table && chunk.k == 0) memset(table, 0, size_t(seq.I * kWidth) * sizeof(A));
+    if (table) add_rows_to_table(left, vectors, seq.ids + chunk.k, chunk.count, table);
     if (last) emit(job, block, sums, table);
     if (job.projection || !args[job.d].grad_bias) return;
     A* const bias = buffers.bias + block * kWidth;
-    add_rows(job, chunk, block, panel, bias);
-    for (int v = 0; last && v < job.blocks.vectors_of(block); ++v) {
+    add_rows(chunk, left, vectors, bias);
+    for (int v = 0; last && v < vectors; ++v) {
       const int64_t m = job.blocks.first(block) + v * V;
       store_lanes<false>(static_cast<T*>(args[job.d].grad_bias) + m, load(bias + v * V),
                          lanes_at<A>(m, job.blocks.columns));
@@ -307,24 +303,27 @@ struct GradientsPass {
                  chunk.k ? sums : zeros, chunk.k ? kWidth : 0, sums});
   }
 
-  // sums += the sum of a chunk's rows of left, of one block; the first chunk's begin it. A panel
-  // has them one after another, unless it has pairs of them.
-  void add_rows(const Job& job, const Chunk& chunk, int64_t block, const Elem* panel,
-                A* sums) const {
-    constexpr bool as_packed = Gemm::kStepK == 1;
+  // Left's rows of a chunk, of one block, by row and vector: from its panel, which has them one
+  // after another unless it has pairs of them.
+  auto left_of(const Job& job, const Chunk& chunk, int64_t block, const Elem* panel) const {
     const int64_t all = job.blocks.columns, m = job.blocks.first(block);
     const int vectors = job.blocks.vectors_of(block);
-    const T* from = job.left + chunk.k * all + m;
-    Vec<A> sum[kMaxVectors] = {};
-    for (int64_t i = 0; i < chunk.count; ++i, from += all)
-      for (int v = 0; v < vectors; ++v) {
-        if constexpr (as_packed) {
-          sum[v] += load(panel + (i * vectors + v) * V);
-        } else {
-          const int lanes = lanes_at<A>(m + v * V, all);
-          sum[v] += lanes == V ? load(from + v * V) : load_part(from + v * V, lanes);
-        }
+    const T* const from = job.left + chunk.k * all + m;
+    return [=](int64_t i, int v) __attribute__((always_inline)) {
+      if constexpr (Gemm::kStepK == 1) {
+        return load(panel + (i * vectors + v) * V);
+      } else {
+        return load_lanes<T, false>(from + i * all + v * V, lanes_at<A>(m + v * V, all));
       }
+    };
+  }
+
+  // sums += the sum of a chunk's rows; the first chunk's begin it.
+  template <class Left>
+  static void add_rows(const Chunk& chunk, const Left& left, int vectors, A* sums) {
+    Vec<A> sum[kMaxVectors] = {};
+    for (int64_t i = 0; i < chunk.count; ++i)
+      for (int v = 0; v < vectors; ++v) sum[v] += left(i, v);
     for (int v = 0; v < vectors; ++v)
       store(sums + v * V, chunk.k ? load(sums + v * V) + sum[v] : sum[v]);
   }
@@ -351,7 +350,7 @@ struct GradientsPass {
   // One block's columns, as rows of the gradients that they belong to.
   void emit(const Job& job, int64_t block, const A* sums, const A* table) const {
     const Gradients& a = args[job.d];
-    const auto take = [&](void* gradient, int64_t count, const A* from) {
+    const auto take = [&](auto* gradient, int64_t count, const A* from) {
       if (!gradient) return;
       for (int v = 0; v < job.blocks.vectors_of(block); ++v)
         for (int64_t n = 0; n < count; n += V) {
@@ -361,14 +360,17 @@ struct GradientsPass {
           transpose<A>(square);
           const int64_t m = job.blocks.first(block) + v * V;
           for (int64_t l = 0; l < V && m + l < job.blocks.columns; ++l)
-            store_lanes<false>(static_cast<T*>(gradient) + (m + l) * count + n, square[l],
-                               lanes_at<A>(n, count));
+            store_lanes<false>(gradient + (m + l) * count + n, square[l], lanes_at<A>(n, count));
         }
     };
-    if (job.projection) return take(a.grad_weight_hr, seq.H, sums);
+    if (job.projection) return take(static_cast<T*>(a.grad_weight_hr), seq.H, sums);
+    if (table) {
+      take(static_cast<A*>(a.grad_weight_ih), seq.I, table);
+    } else {
+      take(static_cast<T*>(a.grad_weight_ih), seq.I, sums);
+    }
     const bool behind = a.grad_weight_ih && !table;
-    take(a.grad_weight_ih, seq.I, table ? table : sums);
-    take(a.grad_weight_hh, seq.P, behind ? sums + seq.I * kWidth : sums);
+    take(static_cast<T*>(a.grad_weight_hh), seq.P, behind ? sums + seq.I * kWidth : sums);
   }
 
   void input_gradient(Worker& worker) const {

@@ -48,9 +48,8 @@ struct FewRowsGradients {
       const Gradients& a = args[d];
       const T* dgates = static_cast<const T*>(a.dgates);
       if (a.grad_weight_ih && seq.ids) {
-        if constexpr (kTakesIds<T>)
-          add_to_columns(dgates + mine.begin, G, seq.ids, N, mine.end - mine.begin, seq.I,
-                         static_cast<T*>(a.grad_weight_ih) + mine.begin * seq.I);
+        add_to_columns(dgates + mine.begin, G, seq.ids, N, mine.end - mine.begin, seq.I,
+                       static_cast<A*>(a.grad_weight_ih) + mine.begin * seq.I);
       } else if (a.grad_weight_ih) {
         fill(seq.I, own, [&](int64_t, int64_t t, int64_t b) { return input_of<T>(a, t, b); });
         outer_products(dgates, G, mine, own, seq.I, a.grad_weight_ih);

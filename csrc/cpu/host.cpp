@@ -22,8 +22,6 @@ Sequence sequence_on(const LayerCall& call, int64_t d) {
   const Layer& layer = call.layer;
   Sequence seq = sequence_of(layer, d);
   if (!layer.ids) return seq;
-  TORCH_CHECK(call.dtype == kFloat32 || call.dtype == kFloat64,
-              "fused_lstm: ids go in with float32 or float64 weights only: give their rows");
   seq.ids = call.input.const_data_ptr<int64_t>();
   int64_t least = 0, most = 0;
   for (int64_t n = 0; n < layer.N; ++n) {

@@ -85,7 +85,7 @@ struct Case {
   bool forward_only = false;
   std::vector<int64_t> sizes = {};  // of the batch at each step, packed; empty: some that shrink
   bool patient = true;              // the crew's
-  bool ids = false;                 // in place of one-hot rows, where the kernel takes them
+  bool ids = false;                 // in place of one-hot rows
 };
 
 struct Outcome {
@@ -109,22 +109,27 @@ Outcome run_with(const cpu::Kernel& kernel, Dtype dtype, const Case& c, Fill&& f
   }
   const int64_t D = c.directions, H = c.H, P = c.P;
   std::vector<int64_t> ids;
-  if (c.ids && (dtype == kFloat32 || dtype == kFloat64))
+  if (c.ids)
     for (int64_t n = 0; n < N; ++n) ids.push_back(n * n % c.I);
   const float scale = 1.0f / std::sqrt(float(H));
   const Buffer input = data(N * c.I, 1), grad_output = data(N * D * P, 1);
+  // W_ih is of sums where there are ids.
+  const Dtype of_w_ih = ids.empty() || dtype == kFloat64 ? dtype : kFloat32;
   Outcome outcome;
-  auto out = [&](int64_t count) {
-    outcome.buffers.emplace_back(dtype, count);
+  auto out_of = [&](Dtype type, int64_t count) {
+    outcome.buffers.emplace_back(type, count);
     return outcome.buffers.size() - 1;
   };
+  auto out = [&](int64_t count) { return out_of(dtype, count); };
   const size_t output = out(N * D * P), grad_input = out(N * c.I);
   std::vector<Buffer> constants;
   constants.reserve(64);
-  auto constant = [&](int64_t count, float s) {
-    constants.push_back(data(count, s));
+  auto constant_of = [&](Dtype type, int64_t count, float s) {
+    constants.emplace_back(type, count);
+    fill(constants.back(), s);
     return static_cast<const void*>(constants.back().at(0));
   };
+  auto constant = [&](int64_t count, float s) { return constant_of(dtype, count, s); };
   Forward forward[2];
   Backward backward[2];
   Gradients gradients[2];
@@ -132,8 +137,8 @@ Outcome run_with(const cpu::Kernel& kernel, Dtype dtype, const Case& c, Fill&& f
   for (int64_t d = 0; d < D; ++d)
     places.push_back({out(c.B * P), out(c.B * H), out(N * 4 * H), out(N * H), out(N * 4 * H),
                       out(c.B * P), out(c.B * H), out(c.projected ? N * H : 0),
-                      out(c.projected ? N * P : 0), out(4 * H * c.I), out(4 * H * P), out(4 * H),
-                      out(c.projected ? P * H : 0)});
+                      out(c.projected ? N * P : 0), out_of(of_w_ih, 4 * H * c.I), out(4 * H * P),
+                      out(4 * H), out(c.projected ? P * H : 0)});
   for (int64_t d = 0; d < D; ++d) {
     auto at = [&](int i) {
       return static_cast<void*>(outcome.buffers[places[size_t(d)][size_t(i)]].at(0));
@@ -149,7 +154,7 @@ Outcome run_with(const cpu::Kernel& kernel, Dtype dtype, const Case& c, Fill&& f
                           c.projected,
                           ids.empty() ? nullptr : ids.data()};
     const void* const x = seq.ids ? nullptr : input.at(0);
-    const void *w_ih = constant(4 * H * c.I, scale), *w_hh = constant(4 * H * P, scale),
+    const void *w_ih = constant_of(of_w_ih, 4 * H * c.I, scale), *w_hh = constant(4 * H * P, scale),
                *b_ih = constant(4 * H, scale), *b_hh = constant(4 * H, scale);
     const void* w_hr = c.projected ? constant(P * H, scale) : nullptr;
     const void *h_0 = constant(c.B * P, 1), *c_0 = constant(c.B * H, 1),
