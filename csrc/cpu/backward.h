@@ -134,15 +134,15 @@ struct BackwardPass {
     for (int d = 0; d < directions; ++d) {
       for (int64_t b = thread; needs_product() && b < hidden.count(); b += threads) {
         const int64_t first = hidden.first(b);
-        pack_dense_columns<Gemm>(static_cast<const T*>(args[d].weight_hh) + first, seq.P, 4 * seq.H,
-                                 hidden.vectors_of(b), seq.P - first,
-                                 direction[d].hidden_panels + first * g_padded);
+        pack_dense_columns<Gemm>(static_cast<const T*>(args[d].weight_hh) + first, seq.P,
+                                 {direction[d].hidden_panels + first * g_padded, 4 * seq.H,
+                                  hidden.vectors_of(b), seq.P - first});
       }
       for (int64_t b = thread; b < units.count(); b += threads) {
         const int64_t first = units.first(b);
-        pack_dense_columns<Gemm>(static_cast<const T*>(args[d].weight_hr) + first, seq.H, seq.P,
-                                 units.vectors_of(b), seq.H - first,
-                                 direction[d].projection_panels + first * p_padded);
+        pack_dense_columns<Gemm>(static_cast<const T*>(args[d].weight_hr) + first, seq.H,
+                                 {direction[d].projection_panels + first * p_padded, seq.P,
+                                  units.vectors_of(b), seq.H - first});
       }
       const Direction& dir = direction[d];
       for (int64_t b = thread; b < seq.B; b += threads) {

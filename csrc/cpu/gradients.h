@@ -256,29 +256,28 @@ struct GradientsPass {
     const int64_t all = job.blocks.columns, panels = panels_of(job),
                   left = job.blocks.count() - first;
     const int64_t count = left < panels ? left : panels;
+    const auto panel = [&](int64_t i) -> PanelOf<Gemm> {
+      return {buffers.panels + i * panel_size(job), chunk.count, job.blocks.vectors_of(first + i),
+              all - job.blocks.first(first + i)};
+    };
     for (int64_t k = 0; k < chunk.count; k += kPackedRows) {
-      const int64_t rows = chunk.count - k < kPackedRows ? chunk.count - k : kPackedRows;
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t m = job.blocks.first(first + i);
-        const int vectors = job.blocks.vectors_of(first + i);
-        pack_dense_columns<Gemm>(
-            job.left + (chunk.k + k) * all + m, all, rows, vectors, all - m,
-            buffers.panels + i * panel_size(job) + Gemm::panel_at(k / Gemm::kStepK, 0, vectors));
-      }
+      const int64_t end = chunk.count - k < kPackedRows ? chunk.count : k + kPackedRows;
+      for (int64_t i = 0; i < count; ++i)
+        pack_dense_columns(job.left + chunk.k * all + job.blocks.first(first + i), all, panel(i), k,
+                           end);
     }
-    for (int64_t i = 0; i < count; ++i)
-      add_block(job, chunk, first + i, buffers.panels + i * panel_size(job), buffers);
+    for (int64_t i = 0; i < count; ++i) add_block(job, chunk, first + i, panel(i), buffers);
   }
 
   // A block of left's columns over a chunk's rows, on top of what the chunks before have left.
-  void add_block(const Job& job, const Chunk& chunk, int64_t block, const Elem* panel,
+  void add_block(const Job& job, const Chunk& chunk, int64_t block, const PanelOf<Gemm>& panel,
                  const Buffers& buffers) const {
     A* const sums =
         N > kChunk ? buffers.sums + block * job.strips() * R * kWidth : buffers.block_sums;
     const bool last = chunk.k + chunk.count == N;
-    add_products(job, chunk, block, panel, strips_of(chunk, buffers), sums);
+    add_products(job, chunk, panel, strips_of(chunk, buffers), sums);
     A* const table = has_table(job) ? buffers.table + block * seq.I * kWidth : nullptr;
-    const int vectors = job.blocks.vectors_of(block);
+    const int vectors = panel.vectors;
     const auto left = left_of(job, chunk, block, panel);
     if (table && chunk.k == 0) memset(table, 0, size_t(seq.I * kWidth) * sizeof(A));
     if (table) add_rows_to_table(left, vectors, seq.ids + chunk.k, chunk.count, table);
@@ -293,25 +292,24 @@ struct GradientsPass {
     }
   }
 
-  void add_products(const Job& job, const Chunk& chunk, int64_t block, const Elem* panel,
+  void add_products(const Job& job, const Chunk& chunk, const PanelOf<Gemm>& panel,
                     const Elem* strips, A* sums) const {
     static const A zeros[kWidth] = {};
-    const int64_t steps = round_up(chunk.count, Gemm::kPadK) / Gemm::kStepK;
     for (int64_t s = 0; s < job.strips(); ++s, sums += R * kWidth)
-      Gemm::run(R, job.blocks.vectors_of(block),
-                {strips + s * kStripSize, Gemm::strip_stride(), Gemm::strip_step(), panel, steps,
-                 chunk.k ? sums : zeros, chunk.k ? kWidth : 0, sums});
+      Gemm::run(R, panel.vectors,
+                {strips + s * kStripSize, Gemm::strip_stride(), Gemm::strip_step(), panel.panel,
+                 panel.steps(), chunk.k ? sums : zeros, chunk.k ? kWidth : 0, sums});
   }
 
-  // Left's rows of a chunk, of one block, by row and vector: from its panel, which has them one
-  // after another unless it has pairs of them.
-  auto left_of(const Job& job, const Chunk& chunk, int64_t block, const Elem* panel) const {
+  // Left's rows of a chunk, of one block, by row and vector: from its panel, unless that has pairs
+  // of them.
+  auto left_of(const Job& job, const Chunk& chunk, int64_t block,
+               const PanelOf<Gemm>& panel) const {
     const int64_t all = job.blocks.columns, m = job.blocks.first(block);
-    const int vectors = job.blocks.vectors_of(block);
     const T* const from = job.left + chunk.k * all + m;
     return [=](int64_t i, int v) __attribute__((always_inline)) {
       if constexpr (Gemm::kStepK == 1) {
-        return load(panel + (i * vectors + v) * V);
+        return load(panel.at(i, v));
       } else {
         return load_lanes<T, false>(from + i * all + v * V, lanes_at<A>(m + v * V, all));
       }

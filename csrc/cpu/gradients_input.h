@@ -55,8 +55,9 @@ struct InputGradient {
     for (int d = 0; d < directions; ++d)
       for (int64_t b = thread; b < columns.count(); b += threads) {
         const int64_t first = columns.first(b);
-        pack_dense_columns<Gemm>(static_cast<const T*>(args[d].weight_ih) + first, seq.I, 4 * seq.H,
-                                 columns.vectors_of(b), seq.I - first, panels[d] + first * padded);
+        pack_dense_columns<Gemm>(
+            static_cast<const T*>(args[d].weight_ih) + first, seq.I,
+            {panels[d] + first * padded, 4 * seq.H, columns.vectors_of(b), seq.I - first});
       }
   }
 

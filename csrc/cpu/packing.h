@@ -59,10 +59,11 @@ FUSED_LSTM_INLINE void pack_vector(const T* rows, int64_t stride, int64_t there,
 // weights + column(n) * stride, or zeros where column(n) is negative. A vector of each of a
 // vector's columns is transposed in registers at a time; what is transposed is one step of K, a
 // number or a pair of 16-bit numbers. So many rows that are far from each other are more than the
-// processor fetches ahead by itself: H 1150 in float at 2.9, fetched here at 6.5 GB/s.
-template <class Gemm, class T, class Column>
-static void pack_dense_k(const T* weights, int64_t stride, int64_t K, int width, Column column,
-                         typename Gemm::Panel* panel) {
+// processor fetches ahead by itself: H 1150 in float at 2.9, fetched here at 6.5 GB/s. to_at(step,
+// v): where a vector goes.
+template <class Gemm, class T, class Column, class ToAt>
+static void transpose_columns(const T* weights, int64_t stride, int64_t K, int width,
+                              const Column& column, const ToAt& to_at) {
   using A = typename Gemm::A;
   constexpr int S = Gemm::kStepK, V = kLanes<A>;
   constexpr int64_t kAhead = 256 / sizeof(T);
@@ -87,8 +88,9 @@ static void pack_dense_k(const T* weights, int64_t stride, int64_t K, int width,
         }
       }
       transpose<A>(v);
-      for (int64_t i = 0; i < V && k + i < steps; ++i) {
-        typename Gemm::Panel* to = panel + Gemm::panel_at(k + i, n / V, width / V);
+      typename Gemm::Panel* to = to_at(k, n / V);
+      const int64_t apart = to_at(k + 1, n / V) - to;
+      for (int64_t i = 0; i < V && k + i < steps; ++i, to += apart) {
         if constexpr (S == 1) {
           store(to, v[i]);
         } else {
@@ -96,6 +98,16 @@ static void pack_dense_k(const T* weights, int64_t stride, int64_t K, int width,
         }
       }
     }
+}
+
+template <class Gemm, class T, class Column>
+static void pack_dense_k(const T* weights, int64_t stride, int64_t K, int width,
+                         const Column& column, typename Gemm::Panel* panel) {
+  const int vectors = width / kLanes<typename Gemm::A>;
+  const int64_t steps = round_up(K, Gemm::kPadK) / Gemm::kStepK;
+  transpose_columns<Gemm>(weights, stride, K, width, column, [&](int64_t step, int v) {
+    return panel + Gemm::panel_at(step, v, vectors, steps);
+  });
 }
 
 // Of a block of V units from `first` on, which row of the 4H gates column n is: the units' gates i,
@@ -116,16 +128,40 @@ static void add_biases(const void* bias_ih, const void* bias_hh, Column column, 
   }
 }
 
-// Packs a panel of so many vectors, of which `columns` columns exist, from rows of K `stride`
-// apart.
-template <class Gemm, class T>
-static void pack_dense_columns(const T* weights, int64_t stride, int64_t K, int vectors,
-                               int64_t columns, typename Gemm::Elem* panel) {
+// A panel of K rows and so many vectors, of which `columns` columns exist.
+template <class Gemm>
+struct PanelOf {
+  typename Gemm::Elem* panel;
+  int64_t K;
+  int vectors;
+  int64_t columns;
+
+  int64_t steps() const { return round_up(K, Gemm::kPadK) / Gemm::kStepK; }
+  typename Gemm::Elem* at(int64_t step, int v) const {
+    return panel + Gemm::panel_at(step, v, vectors, steps());
+  }
+};
+
+// Packs rows k to `end` of such a panel, or all, from rows of K `stride` apart; `weights` is row 0.
+// How many vectors there are is known to the compiler: where each goes takes as long to find out as
+// to copy it.
+template <class Gemm, int vectors = kMaxVectors, class T>
+static void pack_dense_columns(const T* weights, int64_t stride, const PanelOf<Gemm>& to, int64_t k,
+                               int64_t end) {
+  if constexpr (vectors > 1)
+    if (to.vectors < vectors)
+      return pack_dense_columns<Gemm, vectors - 1>(weights, stride, to, k, end);
   constexpr int S = Gemm::kStepK, V = kLanes<typename Gemm::A>;
-  for (int64_t k = 0; k < round_up(K, Gemm::kPadK); k += S)
+  const int64_t steps = to.steps();
+  for (end = round_up(end, Gemm::kPadK); k < end; k += S)
+#pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v)
-      pack_vector<Gemm>(weights + k * stride + v * V, stride, K - k, columns - v * V,
-                        panel + Gemm::panel_at(k / S, v, vectors));
+      pack_vector<Gemm>(weights + k * stride + v * V, stride, to.K - k, to.columns - v * V,
+                        to.panel + Gemm::panel_at(k / S, v, vectors, steps));
+}
+template <class Gemm, class T>
+static void pack_dense_columns(const T* weights, int64_t stride, const PanelOf<Gemm>& to) {
+  pack_dense_columns(weights, stride, to, 0, to.K);
 }
 
 // Packs kPadK rows of K, `stride` apart, as so many strips `strip_size` apart: kPadK of a strip's

@@ -4,7 +4,8 @@
 //   operand  rows `stride` apart, steps of K `step` apart, of the product's type; zero up to a
 //            multiple of kPadK
 //   panel    [K / kStepK][NV][lanes][kStepK], K padded likewise: the columns of one tile, as they
-//            are read (AMX: [K / 32][NV][16][lanes][2]; `panel_at` has either)
+//            are read; with 16 registers two vectors of it, then the rest (AMX: [K / 32][NV][16]
+//            [lanes][2]; `panel_at` has each)
 //   init     (MR, NV * lanes) rows `init_stride` apart: what the sums start from (0: the same row
 //            for all)
 //   out      (MR, NV * lanes) of the accumulation type, rows kTileWidth (four vectors) apart
@@ -13,7 +14,8 @@
 // threads never changes a bit of the result: stretches of kStretch steps are summed from zero and
 // added up, which keeps the rounding error of a long K at that of a short one. MR * NV sums fill
 // the registers: 24 of 32, or 12 of 16. Four vectors of more rows than that are taken two at a
-// time, for half as many bytes of the panel a multiply-add.
+// time, for half as many bytes of the panel a multiply-add; with 16 registers that is every tile of
+// more than three rows, so the two lie together, for every line of a cache is one that is read.
 #pragma once
 
 #include "vec.h"
@@ -121,7 +123,10 @@ FUSED_LSTM_INLINE void in_register(Column& column) {
 #endif
 }
 
-// `width`: vectors of the panel, of which these are some.
+// Vectors of a panel that lie together.
+constexpr int kPart = kRegisters == 16 ? 2 : kMaxVectors;
+
+// `width`: vectors of the panel's part, of which these are some; what is beyond it is in the next.
 template <class Dot, int MR, int NV, int width, bool fetch>
 static __attribute__((noinline)) void vector_tile(const TileOf<Dot>& tile) {
   using Elem = typename Dot::Elem;
@@ -129,7 +134,9 @@ static __attribute__((noinline)) void vector_tile(const TileOf<Dot>& tile) {
   using A = typename Dot::Acc;
   constexpr int V = kLanes<A>;
   const Elem* operand = tile.operand;
+  constexpr int here = NV < kPart ? NV : kPart;
   const Panel* panel = tile.panel;
+  const Panel* next = panel + tile.steps * kPart * V * Dot::kStepK;
   const int64_t stride = tile.stride, step = tile.step;
   const A* before = tile.init;
   int64_t before_stride = tile.init_stride, left = tile.steps;
@@ -140,7 +147,8 @@ static __attribute__((noinline)) void vector_tile(const TileOf<Dot>& tile) {
       typename Dot::Column b[NV];
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
-        b[v] = Dot::column(panel + v * V * Dot::kStepK);
+        b[v] = Dot::column(v < here ? panel + v * V * Dot::kStepK
+                                    : next + (v - here) * V * Dot::kStepK);
         if (MR > 1 && MR < kRowsFor<NV>) in_register(b[v]);
       }
 #pragma GCC unroll 16
@@ -155,6 +163,7 @@ static __attribute__((noinline)) void vector_tile(const TileOf<Dot>& tile) {
       }
       operand += step;
       panel += width * V * Dot::kStepK;
+      if constexpr (NV > here) next += (NV - here) * V * Dot::kStepK;
     }
     left -= Dot::kSteps;
 #pragma GCC unroll 16
@@ -170,10 +179,11 @@ static __attribute__((noinline)) void vector_tile(const TileOf<Dot>& tile) {
 
 // Tiles of panels so wide fetch what they are told: those that are long enough to be far.
 template <int width>
-constexpr bool kMayFetch = width == kMaxVectors || (kRegisters == 16 && width == 2);
+constexpr bool kMayFetch = width == kPart;
 
 // From `least` rows on.
-template <class Dot, int NV, int width = NV, int least = 1, int MR = kRowsFor<NV>>
+template <class Dot, int NV, int width = NV < kPart ? NV : kPart, int least = 1,
+          int MR = kRowsFor<NV>>
 FUSED_LSTM_INLINE void vector_rows(int rows, const TileOf<Dot>& tile) {
   if (rows == MR) {
     // A version of its own: two instructions a step of K cost 2 to 5 % where nothing is to fetch.
@@ -193,12 +203,13 @@ FUSED_LSTM_INLINE void wide_rows(int rows, TileOf<Dot> tile) {
   constexpr int whole = kRowsFor<NV>, two = kLanes<typename Dot::Acc> * 2;
   if (rows <= whole) return vector_rows<Dot, NV>(rows, tile);
   if constexpr (NV == 4 || kStripOf > whole) {
-    vector_rows<Dot, 2, NV, whole + 1>(rows, tile);
-    tile.panel += two * Dot::kStepK;
+    constexpr bool together = NV <= kPart;
+    vector_rows<Dot, 2, together ? NV : 2, whole + 1>(rows, tile);
+    tile.panel += two * Dot::kStepK * (together ? 1 : tile.steps);
     tile.init += two;
     tile.out += two;
     tile.ahead = nullptr;
-    vector_rows<Dot, NV - 2, NV, whole + 1>(rows, tile);
+    vector_rows<Dot, NV - 2, together ? NV : NV - 2, whole + 1>(rows, tile);
   }
 }
 
@@ -234,9 +245,11 @@ struct Product {
   // Called once by each thread of a pass, at its end (kernel.cpp).
   static void end() {}
 
-  // Where in a panel of so many vectors the columns of one of them begin at a step of K.
-  static constexpr int64_t panel_at(int64_t step, int vector, int vectors) {
-    return (step * vectors + vector) * kLanes<A> * kStepK;
+  // Where in a panel of so many vectors and steps of K the columns of one of them begin at a step.
+  static constexpr int64_t panel_at(int64_t step, int vector, int vectors, int64_t steps) {
+    const int first = vector / kPart * kPart;
+    const int width = vectors - first < kPart ? vectors - first : kPart;
+    return (first * steps + step * width + vector - first) * kLanes<A> * kStepK;
   }
 
   // Columns of a dense matrix as a tile's operand, a strip of max_rows(4) of them at a time

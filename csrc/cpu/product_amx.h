@@ -40,7 +40,7 @@ struct ProductAmx {
 
   // Where in a panel of so many vectors the columns of one of them begin at a step of K: a tile
   // lies in one piece.
-  static constexpr int64_t panel_at(int64_t step, int vector, int vectors) {
+  static constexpr int64_t panel_at(int64_t step, int vector, int vectors, int64_t) {
     return (step / kTile * vectors + vector) * kTileSize + step % kTile * kPadK;
   }
 

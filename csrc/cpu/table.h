@@ -13,7 +13,9 @@ template <class A, class Column>
 static void pack_table(const A* weight_ih, int64_t I, const Column& column, const A* bias,
                        A* table) {
   constexpr int kWidth = kTileWidth<A>;
-  pack_dense_k<typename ProductOf<A>::type>(weight_ih, I, I, kWidth, column, table);
+  transpose_columns<typename ProductOf<A>::type>(
+      weight_ih, I, I, kWidth, column,
+      [&](int64_t id, int v) { return table + id * kWidth + v * kLanes<A>; });
   for (int64_t id = 0; id < I; ++id, table += kWidth)
     for (int n = 0; n < kWidth; ++n) table[n] += bias[n];
 }
