@@ -49,9 +49,10 @@ constexpr int kRegisterChunks = register_chunks(kPass, kOperands);
 
 constexpr int kUnitsInTeam = 16;  // hidden units of a block of a team
 constexpr int kWarpsInTeam = 8;   // of a block of a team, which share its columns
-// Reckoned, not measured yet: the persistent path packs its weights first, and with many rows a
-// step is bound by arithmetic, where cuBLAS's larger tiles win.
+// Reckoned, not measured yet: the persistent path packs its weights first.
 constexpr int kFewestSteps = 3;
+// A tile of 16 rows takes 2.3 us at H 768 in fp16 (B 64 on an H100), eight 18. By cuBLAS a step took
+// 46 to 81 us wherever it was measured, nearly all of it launching; in a CUDA graph, reckoned, 9.
 constexpr int kMostTiles = 8;
 constexpr int kMostStreamed = 256 << 10;  // bytes of weights a block and step: 4 us on an H200
 
