@@ -1,16 +1,16 @@
-"""`explain(lstm, input, hx)`: what serves one call, forward and backward, and why no other."""
+"""`explain(lstm, input, ...)`: what serves one call, forward and backward, and why no other."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _C, cuda
+from . import _C, cuda, lookup
 from .backends import NAMES, Backend, choose, forced, refusal, thread_limit, threads
 from .functional import Call, Refusal, States, is_recorded, is_stack, transform
-from .module import FusedLSTM
+from .module import Embedding, FusedLSTM
 
 STOCK = "torch.nn.LSTM"
 
@@ -29,6 +29,7 @@ class Explanation:
     sizes: str = ""
     dtype: torch.dtype | None = None  # that it is computed in
     results: tuple[torch.dtype, ...] = ()  # of output, h_n, c_n
+    input: str = ""  # of an embedding: what becomes of the ids
     threads: str = ""  # of the CPU
     forward: str = ""
     backward: str = ""
@@ -51,6 +52,7 @@ class Explanation:
                 "sizes": self.sizes,
                 "dtype": _name(self.dtype),
                 "results": ", ".join(map(" ".join, dtypes)),
+                "input": self.input,
                 "transform": self.transform or "none",
                 "threads": self.threads,
                 "forward": self.forward,
@@ -61,13 +63,17 @@ class Explanation:
 
 
 def explain(
-    lstm: FusedLSTM, input: Tensor | PackedSequence, hx: States | None = None
+    lstm: FusedLSTM,
+    input: Tensor | PackedSequence,
+    hx: States | None = None,
+    *,
+    embedding: Embedding = None,
 ) -> Explanation:
-    """What would serve `lstm(input, hx)` here and now: under this autocast, in this `backend(...)`,
-    inside this transform, with gradients on or off.
+    """What would serve `lstm(input, hx, embedding=embedding)` here and now: under this autocast, in
+    this `backend(...)`, inside this transform, with gradients on or off.
 
-    Nothing is computed and no random number drawn; only what dtypes nn.LSTM has under autocast is
-    asked of its smallest call, once, as the call itself does.
+    Nothing is computed and no random number drawn, but for what an embedding makes of ids; what
+    dtypes nn.LSTM has under autocast is asked of its smallest call, once, as the call itself does.
 
     Raises:
         TypeError: `lstm` is no FusedLSTM.
@@ -75,6 +81,13 @@ def explain(
     if not isinstance(lstm, FusedLSTM):
         raise TypeError(f"explain() takes a FusedLSTM, and this is of type {type(lstm).__name__}")
     here = (forced(), transform())
+    ids, of_ids = None, ""
+    if embedding is not None:
+        why = lookup.refusal(input, embedding)
+        of_ids = (
+            f"rows of the embedding: {why}" if why else "ids, of an embedding that W_ih multiplies"
+        )
+        input, ids = lookup.look_up(input, embedding)
     data: Any = input
     batch_sizes = None
     if isinstance(input, PackedSequence):  # states in the order of its rows have the same shapes
@@ -85,7 +98,9 @@ def explain(
         return Explanation(STOCK, str(refused), *here)
     except RuntimeError as error:
         return Explanation(None, str(error), *here)
-    return _explanation(call, *here)
+    if ids is not None:
+        ids.give(call)
+    return replace(_explanation(call, *here), input=of_ids)
 
 
 def _explanation(call: Call, forced: str | None, under_way: str | None) -> Explanation:
@@ -114,9 +129,9 @@ def _explanation(call: Call, forced: str | None, under_way: str | None) -> Expla
         _sizes(call),
         call.dtype,
         tuple(call.results or [call.dtype] * 3),
-        f"at most {threads()}" if chosen == "cpu" else "",
-        _forward(chosen, call),
-        _backward(chosen, call),
+        threads=f"at most {threads()}" if chosen == "cpu" else "",
+        forward=_forward(chosen, call),
+        backward=_backward(chosen, call),
     )
 
 

@@ -64,7 +64,7 @@ def look_up(input: Any, embedding: nn.Module | Tensor) -> tuple[Any, Ids | None]
     ids: Tensor = input.data if packed else input
     matrix = _matrix(embedding)
     found = None
-    if matrix is not None and _serves(ids, matrix):
+    if matrix is not None and _refusal(ids, matrix) is None:
         found = Ids(ids, matrix)
         rows = matrix.detach()[0].expand(*ids.shape, matrix.shape[1])
     elif isinstance(embedding, nn.Module):
@@ -72,6 +72,14 @@ def look_up(input: Any, embedding: nn.Module | Tensor) -> tuple[Any, Ids | None]
     else:
         rows = functional.embedding(ids, embedding)
     return (PackedSequence(rows, *input[1:]) if packed else rows), found
+
+
+def refusal(input: Any, embedding: nn.Module | Tensor) -> str | None:
+    """Why torch looks up the rows; None where the kernel does."""
+    matrix = _matrix(embedding)
+    if matrix is None:
+        return "the embedding does more than look up rows"
+    return _refusal(input.data if isinstance(input, PackedSequence) else input, matrix)
 
 
 def _matrix(embedding: nn.Module | Tensor) -> Tensor | None:
@@ -91,16 +99,16 @@ def _matrix(embedding: nn.Module | Tensor) -> Tensor | None:
     return embedding.weight if plain else None
 
 
-def _serves(ids: Tensor, matrix: Tensor) -> bool:
-    """Whether the kernel takes these, and it is worth it."""
-    if ids.dtype is not torch.int64 or not (ids.is_cpu and matrix.is_cpu):
-        return False
-    if matrix.dim() != 2 or matrix.dtype not in KERNEL_DTYPES:
-        return False
-    narrow = torch.is_autocast_enabled("cpu")
-    uses = LEAST_USES[2 if narrow else matrix.itemsize]
-    return (
-        0 < matrix.shape[0] <= MOST_ROWS
-        and uses * matrix.shape[0] <= ids.numel()
-        and choose(matrix, matrix.dtype, transform()) == "cpu"
-    )
+def _refusal(ids: Tensor, matrix: Tensor) -> str | None:
+    if ids.dtype is not torch.int64 or not ids.is_cpu:
+        return "the ids are not int64 on the CPU"
+    if matrix.dim() != 2 or matrix.dtype not in KERNEL_DTYPES or not matrix.is_cpu:
+        return "the embedding is no matrix of floating-point numbers on the CPU"
+    if not 0 < matrix.shape[0] <= MOST_ROWS:
+        return f"the embedding has more than {MOST_ROWS} rows, or none"
+    uses = LEAST_USES[2 if torch.is_autocast_enabled("cpu") else matrix.itemsize]
+    if uses * matrix.shape[0] > ids.numel():
+        return f"there are fewer than {uses} ids for each row of the embedding"
+    if choose(matrix, matrix.dtype, transform()) != "cpu":
+        return "the CPU's kernels don't serve this call"
+    return None

@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,3 +96,19 @@ def seed() -> int:
     """The seed of every test's random numbers; FUSED_LSTM_TEST_SEED sets another."""
     torch.manual_seed(SEED)
     return SEED
+
+
+@pytest.fixture
+def looked_up(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each call with an embedding, whether ids went to the kernel."""
+    from fused_lstm import lookup
+
+    seen = []
+
+    def watched(*arguments: Any) -> Any:
+        found = lookup.look_up(*arguments)
+        seen.append(found[1] is not None)
+        return found
+
+    monkeypatch.setattr("fused_lstm.module.look_up", watched)
+    return seen

@@ -1,11 +1,10 @@
 """Ids and an embedding in place of its rows: the results are as with the rows, and the kernel looks
-them up by itself wherever it can."""
+them up by itself wherever it can. Where it can't: test_lookup_by_torch.py."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
-from fused_lstm import FusedLSTM, backend, lookup
+from fused_lstm import FusedLSTM, lookup
 
 V = 11
 
@@ -33,20 +32,6 @@ class Model(nn.Module):
         if isinstance(ids, PackedSequence):
             return self.lstm(PackedSequence(self.embedding(ids.data), *ids[1:]), hx)
         return self.lstm(self.embedding(ids), hx)
-
-
-@pytest.fixture
-def looked_up(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Of each call, whether ids went to the kernel."""
-    seen = []
-
-    def watched(*arguments: Any) -> Any:
-        found = lookup.look_up(*arguments)
-        seen.append(found[1] is not None)
-        return found
-
-    monkeypatch.setattr("fused_lstm.module.look_up", watched)
-    return seen
 
 
 def ids_for(options: Options, rows: int = V) -> Any:
@@ -237,69 +222,6 @@ def forward_and_backward(
     return [output, h_n, c_n, gates, cells, *grads[1:3], *grads[3]]
 
 
-# --- where the rows are looked up by torch --------------------------------------------------------
-
-
-def scaled(embedding: nn.Module) -> nn.Module:
-    return nn.utils.parametrizations.weight_norm(embedding)
-
-
-OTHERWISE: dict[str, Callable[[], Any]] = {
-    "padding_idx": lambda: nn.Embedding(V, 3, padding_idx=2),
-    "max_norm": lambda: nn.Embedding(V, 3, max_norm=0.5),
-    "scale_grad_by_freq": lambda: nn.Embedding(V, 3, scale_grad_by_freq=True),
-    "another module": lambda: nn.Sequential(nn.Embedding(V, 3), nn.Tanh()),
-    "parametrized": lambda: scaled(nn.Embedding(V, 3)),
-    "many rows": lambda: nn.Embedding(lookup.MOST_ROWS + 1, 3),
-    "few ids": lambda: nn.Embedding(100, 3),
-}
-
-
-@pytest.mark.parametrize("why", OTHERWISE)
-def test_the_rows_where_there_is_more_to_do(why: str, looked_up: list[bool]) -> None:
-    embedding = OTHERWISE[why]()
-    other = copy.deepcopy(embedding)
-    lstm = FusedLSTM(3, 17)
-    ids = torch.randint(V, (7, 5))
-    gradients = []
-    for found in (lstm(ids, embedding=embedding), lstm(other(ids))):
-        lstm.zero_grad()
-        found[0].pow(2).sum().backward()
-        gradients.append([p.grad.clone() for p in lstm.parameters()])
-    torch.testing.assert_close(*gradients, rtol=0, atol=0)
-    for one, two in zip(embedding.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, two.grad, rtol=0, atol=0)
-    assert looked_up == [False]
-
-
-def test_hooks_of_the_embedding_run() -> None:
-    embedding, seen = nn.Embedding(V, 3), []
-    embedding.register_forward_hook(lambda module, args, result: seen.append(result.shape))
-    FusedLSTM(3, 17)(torch.randint(V, (7, 5)), embedding=embedding)
-    assert seen == [(7, 5, 3)]
-
-
-def test_few_ids_in_sixteen_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    embedding = nn.Embedding(V, 3)
-    for steps in (7, 8):
-        _, found = lookup.look_up(torch.randint(V, (steps, V)), embedding)
-        assert found is not None
-        with torch.autocast("cpu", torch.bfloat16):
-            _, found = lookup.look_up(torch.randint(V, (steps, V)), embedding)
-        assert (found is not None) == (steps == 8)
-
-
-def test_forced_backend(looked_up: list[bool]) -> None:
-    lstm, embedding = FusedLSTM(3, 17), nn.Embedding(V, 3)
-    ids = torch.randint(V, (7, 5))
-    expected = lstm(ids, embedding=embedding)
-    with backend("reference"):
-        found = lstm(ids, embedding=embedding)
-    torch.testing.assert_close(found, expected)
-    assert looked_up == [True, False]
-
-
 # --- transforms, orders and compilers -------------------------------------------------------------
 
 
@@ -386,50 +308,3 @@ def test_flops() -> None:
         # Of a module, FlopCounterMode has a hook.
         lstm(torch.randint(V, (7, 5)), embedding=embedding.weight)[0].sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 4 * 17 * (V * 3 + 7 * 5 * 17)
-
-
-# --- what is refused ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("id", [-1, V])
-@pytest.mark.parametrize("recorded", [False, True])
-def test_ids_that_name_no_row(id: int, recorded: bool) -> None:
-    lstm, embedding = FusedLSTM(3, 17), nn.Embedding(V, 3)
-    ids = torch.randint(V, (7, 5))
-    ids[6, 4] = id
-    with torch.set_grad_enabled(recorded), pytest.raises(IndexError) as found:
-        lstm(ids, embedding=embedding)
-    with pytest.raises(IndexError) as expected:
-        embedding(ids)
-    assert str(found.value) == str(expected.value)
-
-
-def test_errors_are_those_of_the_rows() -> None:
-    lstm, embedding = FusedLSTM(3, 17), nn.Embedding(V, 3)
-    ids = torch.randint(V, (7, 5))
-    wrong = [(ids, (torch.zeros(1, 4, 17),) * 2), (ids[None, None], None), (ids[:0], None)]
-    for ids, hx in wrong:
-        with pytest.raises(Exception) as expected:  # noqa: PT011
-            lstm(embedding(ids), hx)
-        with pytest.raises(type(expected.value)) as found:
-            lstm(ids, hx, embedding=embedding)
-        assert str(found.value) == str(expected.value)
-    with pytest.raises(RuntimeError, match="input.size"):
-        lstm(ids, embedding=nn.Embedding(V, 4))
-
-
-def test_what_the_operators_refuse() -> None:
-    ids = torch.randint(V, (7, 5))
-    weights = [p.detach() for p in FusedLSTM(V, 17).parameters()]
-    state = torch.zeros(1, 5, 17)
-    ops = torch.ops.fused_lstm
-    with pytest.raises(RuntimeError, match="weight_ih is Half but with ids must be Float"):
-        ops.lstm_inference(ids, None, state.half(), state.half(), [w.half() for w in weights])
-    with pytest.raises(RuntimeError, match=r"\(T, B, I\), or ids \(T, B\)"):
-        ops.lstm_inference(ids[0], None, state, state, weights)
-    output, _, _, gates, cells = ops.lstm_forward(ids, None, state, state, weights)
-    saved = (ids, None, state, state, weights, output, gates, cells)
-    with pytest.raises(RuntimeError, match="ids have no gradient"):
-        ops.lstm_backward(output, None, None, *saved, [True] * 7)
-    with pytest.raises(IndexError):
-        ops.lstm_backward(output, None, None, ids + V, *saved[1:], [False] * 3 + [True] * 4)
