@@ -81,26 +81,32 @@ def explain(
     if not isinstance(lstm, FusedLSTM):
         raise TypeError(f"explain() takes a FusedLSTM, and this is of type {type(lstm).__name__}")
     here = (forced(), transform())
-    ids, of_ids = None, ""
-    if embedding is not None:
-        why = lookup.refusal(input, embedding)
-        of_ids = (
-            f"rows of the embedding: {why}" if why else "ids, of an embedding that W_ih multiplies"
-        )
-        input, ids = lookup.look_up(input, embedding)
-    data: Any = input
-    batch_sizes = None
-    if isinstance(input, PackedSequence):  # states in the order of its rows have the same shapes
-        data, batch_sizes = input.data, input.batch_sizes
+    of_ids = ""
     try:
-        call = lstm._prepare(data, batch_sizes, hx)
+        if embedding is None:
+            call = _prepared(lstm, input, hx)
+        else:
+            why = lookup.refusal(input, embedding)
+            of_ids = (
+                f"rows of the embedding: {why}" if why else "ids: W_ih multiplies the embedding"
+            )
+            input, ids = lookup.look_up(input, embedding)
+            call = _prepared(lstm, input, hx)
+            if ids is not None:
+                ids.give(call)
     except Refusal as refused:
         return Explanation(STOCK, str(refused), *here)
     except RuntimeError as error:
         return Explanation(None, str(error), *here)
-    if ids is not None:
-        ids.give(call)
     return replace(_explanation(call, *here), input=of_ids)
+
+
+def _prepared(lstm: FusedLSTM, input: Tensor | PackedSequence, hx: States | None) -> Call:
+    data: Any = input
+    batch_sizes = None
+    if isinstance(input, PackedSequence):  # states in the order of its rows have the same shapes
+        data, batch_sizes = input.data, input.batch_sizes
+    return lstm._prepare(data, batch_sizes, hx)
 
 
 def _explanation(call: Call, forced: str | None, under_way: str | None) -> Explanation:

@@ -82,14 +82,20 @@ def test_explain() -> None:
     lstm, embedding = FusedLSTM(3, 17).requires_grad_(False), nn.Embedding(V, 3)
     ids = torch.randint(V, (7, 5))
     told = explain(lstm, ids, embedding=embedding)
-    assert told.input == "ids, of an embedding that W_ih multiplies"
+    assert told.input == "ids: W_ih multiplies the embedding"
     assert told.sizes == "T 7, B 5, I 3, H 17, layers 1, directions 1"
     assert told.backward.startswith("kernels of ")  # for the embedding
-    assert "input        ids, of" in str(told)
+    assert "input        ids: W_ih" in str(told)
     with torch.autocast("cpu", torch.bfloat16):
         told = explain(lstm, ids, embedding=embedding)
     assert told.backend == "cpu" and told.dtype is torch.bfloat16
     assert "input" not in str(explain(lstm, embedding(ids)))
+    assert explain(lstm, ids[None, None], embedding=embedding).backend == "torch.nn.LSTM"
+    with backend("cuda"):
+        told = explain(lstm, ids, embedding=embedding)
+        with pytest.raises(RuntimeError) as raised:
+            lstm(ids, embedding=embedding)
+    assert told.backend is None and told.reason == str(raised.value)
 
 
 REASONS: dict[str, Callable[[], tuple[Tensor, Any]]] = {
