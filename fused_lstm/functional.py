@@ -198,11 +198,9 @@ def first_w_ih(call: Call) -> range:
 def _cast(call: Call) -> None:
     """All its tensors to the dtype that it is computed in, but for ids and their tables."""
     dtype = call.dtype
-    tables: range | tuple[()] = ()
-    if call.input.dtype is torch.int64:
-        tables = first_w_ih(call)
-    else:
-        call.input = call.input.to(dtype)
+    of_ids = call.input.dtype is torch.int64
+    tables = first_w_ih(call) if of_ids else range(0)
+    call.input = call.input if of_ids else call.input.to(dtype)
     if call.hx is not None:
         call.hx = (call.hx[0].to(dtype), call.hx[1].to(dtype))
     call.weights = [w if k in tables else w.to(dtype) for k, w in enumerate(call.weights)]

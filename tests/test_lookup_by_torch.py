@@ -120,8 +120,12 @@ REASONS: dict[str, Callable[[], tuple[Tensor, Any]]] = {
 
 @pytest.mark.parametrize("reason", REASONS)
 def test_explain_says_why_not(reason: str) -> None:
-    told = explain(FusedLSTM(3, 17), *REASONS[reason]()[:1], embedding=REASONS[reason]()[1])
+    ids, embedding = REASONS[reason]()
+    told = explain(FusedLSTM(3, 17), ids, embedding=embedding)
     assert told.input == f"rows of the embedding: {reason}" and told.backend == "cpu"
+
+
+def test_explain_of_another_backend() -> None:
     with backend("reference"):
         told = explain(FusedLSTM(3, 17), torch.randint(V, (7, 5)), embedding=nn.Embedding(V, 3))
     assert told.input == "rows of the embedding: the CPU's kernels don't serve this call"
