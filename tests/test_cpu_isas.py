@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from parity import DTYPES, Options, check
 
 from fused_lstm import _C, FusedLSTM
 
+HERE = Path(__file__).parent
 SUPPORTED = [name for name, supported in _C.cpu_isas() if supported]
 
 CASES = {
@@ -96,3 +101,17 @@ def test_environment_variable() -> None:
     assert found.returncode == 1
     last = found.stderr.splitlines()[-1]
     assert last.startswith("ValueError: no CPU kernels for instruction set 'sse9' here; this build")
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="has one instruction set")
+def test_a_set_has_what_it_leaves_out_from_the_one_before(tmp_path: Path) -> None:
+    sources = [HERE.parent / "csrc/cpu/dispatch.cpp", HERE / "kernel_layers/sets.cpp"]
+    have = ["-DFUSED_LSTM_HAVE_GENERIC", "-DFUSED_LSTM_HAVE_AVX2"]
+    program = str(tmp_path / "sets")
+    subprocess.run(["g++", "-std=c++20", *have, *map(str, sources), "-o", program], check=True)
+    said = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    if "no AVX2" in said:
+        pytest.skip(said)
+    # the passes: streams with weights of their own width, bfloat16 and 8 bits; -1: there are none
+    assert said.splitlines() == ["0: 0 -1 1", "0: 0 -1 -1", "1: 1 -1 1", "0: 0 -1 1"]

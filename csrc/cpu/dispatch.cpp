@@ -114,6 +114,22 @@ int automatic() {
 
 std::atomic<int> forced{-1};
 
+// Each set's kernels, with those of the set before for what it leaves out.
+struct Completed {
+  Kernel kernels[kIsaCount][kDtypes];
+
+  Completed() {
+    for (int isa = 0; isa < kIsaCount; ++isa)
+      for (int dtype = 0; dtype < kDtypes; ++dtype) {
+        const Kernel& own = kIsas[isa].kernels[dtype];
+        const Kernel& before = isa > 0 ? kernels[isa - 1][dtype] : own;
+        Kernel& kernel = kernels[isa][dtype] = own.forward ? own : before;
+        for (int width = 0; width < kStreamWidths; ++width)
+          kernel.stream[width] = (own.stream[width].run ? own : before).stream[width];
+      }
+  }
+};
+
 }  // namespace
 
 int isa_count() { return kIsaCount; }
@@ -143,6 +159,9 @@ bool isa_force(int index) {
   return true;
 }
 
-const Kernel& active_kernel(Dtype dtype) { return kIsas[isa_active()].kernels[dtype]; }
+const Kernel& active_kernel(Dtype dtype) {
+  static const Completed completed;
+  return completed.kernels[isa_active()][dtype];
+}
 
 }  // namespace fused_lstm::cpu
