@@ -48,8 +48,9 @@ KERNEL_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-m
 # Where the compiler knows it: GCC would undo the interleaving that csrc/cpu/activations.h wants.
 KEEP_ORDER = "-fno-tree-ter"
 
-# csrc/cpu/kernel.cpp is compiled once for each of these, slowest first: name, flags beyond those
-# of the set before, and an expression that compiles only where compiler and assembler know the set.
+# csrc/cpu/kernel.cpp is compiled once for each of these, slowest first; what of it, it says itself.
+# Name, flags beyond those of the set before, and an expression that compiles only where compiler
+# and assembler know the set.
 INSTRUCTION_SETS = [
     ("avx2", ["-mavx2", "-mfma", "-mf16c"], "_mm256_fmadd_ps(__m256(), __m256(), __m256())"),
     (
@@ -64,6 +65,13 @@ INSTRUCTION_SETS = [
     ),
     ("amx", ["-mamx-tile", "-mamx-bf16"], "_tile_dpbf16ps(0, 1, 2)"),
 ]
+
+# Of csrc, each list compiled as one file: torch's and pybind11's headers take 10 to 20 s, most of
+# what these files take one by one (124 s; together 43).
+COMPILED_TOGETHER = {
+    "operators.cpp": ["ops.cpp", "products.cpp", "triton.cpp", "cpu/host.cpp"],
+    "python.cpp": ["module.cpp", "module_mask.cpp", "module_sampler.cpp", "module_stream.cpp"],
+}
 
 OPENMP_PROBE = """\
 #include <omp.h>
@@ -284,13 +292,17 @@ class NinjaBuild(build_ext):
             shutil.copy(self.folder / name, package / f"{name}.part")
             os.replace(package / f"{name}.part", package / name)
 
-    def write_build_info(self, **facts: str) -> None:
-        """Writes build_info.h for csrc/module.cpp, if it would change."""
-        rows = "".join(f"  {{{json.dumps(k)}, {json.dumps(v)}}}, \\\n" for k, v in facts.items())
-        text = f"#define FUSED_LSTM_BUILD_INFO \\\n{rows}\n"
-        path = self.folder / "build_info.h"
+    def write(self, name: str, text: str) -> str:
+        """Writes a file for the compiler, if it would change; returns its path."""
+        path = self.folder / name
         if not path.exists() or path.read_text() != text:
             path.write_text(text)
+        return str(path)
+
+    def write_build_info(self, **facts: str) -> None:
+        """Writes build_info.h for csrc/module.cpp."""
+        rows = "".join(f"  {{{json.dumps(k)}, {json.dumps(v)}}}, \\\n" for k, v in facts.items())
+        self.write("build_info.h", f"#define FUSED_LSTM_BUILD_INFO \\\n{rows}\n")
 
     def write_ninja_file(
         self,
@@ -308,9 +320,10 @@ class NinjaBuild(build_ext):
 
         names = [*sets, "cuda"] if cuda else sets
         have = [f"-DFUSED_LSTM_HAVE_{name.upper()}" for name in names]
-        kernel, modules = Path("csrc/cpu/kernel.cpp"), set(Path("csrc").glob("module*.cpp"))
-        others = {*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")}
-        others -= {kernel, *modules}
+        kernel = Path("csrc/cpu/kernel.cpp")
+        others = {*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")} - {kernel}
+        for together in COMPILED_TOGETHER.values():
+            others -= {Path("csrc", name) for name in together}
         soname = "-install_name,@rpath/" if MACOS else "-soname,"
         origin = "@loader_path" if MACOS else "$ORIGIN"
 
@@ -326,10 +339,13 @@ class NinjaBuild(build_ext):
                 variables = {"flags": shlex.join(flags).replace("$", "$$")}
                 return ninja.build(str(self.folder / name), rule, sources, variables=variables)[0]
 
-            objects = [
-                make("compile", f"{source}.o", [str(source)], [*common, *torch_flags, *have])
-                for source in sorted(others)
-            ]
+            def make_together(name: str, flags: list[str]) -> str:
+                lines = [f'#include "{source}"\n' for source in COMPILED_TOGETHER[name]]
+                return make("compile", f"{name}.o", [self.write(name, "".join(lines))], flags)
+
+            flags = [*common, *torch_flags, *have]
+            objects = [make("compile", f"{s}.o", [str(s)], flags) for s in sorted(others)]
+            objects.append(make_together("operators.cpp", flags))
             cuda_libraries: list[str] = []
             if cuda:
                 command = shlex.quote(str(cuda.toolkit.nvcc)).replace("$", "$$")
@@ -351,7 +367,7 @@ class NinjaBuild(build_ext):
             library = make("link", LIBRARY, objects, [*flags, *ldflags])
 
             flags = [*common, *python_flags, *torch_flags, *have, f"-I{self.folder}"]
-            objects = [make("compile", f"{m}.o", [str(m)], flags) for m in sorted(modules)]
+            objects = [make_together("python.cpp", flags)]
             flags = [f"-Wl,-rpath,{origin}", *torch_libraries, *TORCH_PYTHON, *ldflags]
             make("link", MODULE, [*objects, library], [*link_flags, *flags])
 

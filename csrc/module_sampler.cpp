@@ -19,10 +19,10 @@ namespace {
 // StreamTextWeights says.
 using TextWeights = std::vector<py::object>;
 
-std::unique_ptr<Sampler> make(const std::string& dtype, const std::string& width,
-                              int64_t batch_size, int64_t input_size, int64_t hidden_size,
-                              int64_t proj_size, const std::vector<Layer>& layers,
-                              int64_t vocabulary, const TextWeights& weights) {
+std::unique_ptr<Sampler> make_sampler(const std::string& dtype, const std::string& width,
+                                      int64_t batch_size, int64_t input_size, int64_t hidden_size,
+                                      int64_t proj_size, const std::vector<Layer>& layers,
+                                      int64_t vocabulary, const TextWeights& weights) {
   const cpu::StreamShape shape = shape_of(layers, batch_size, input_size, hidden_size, proj_size);
   const cpu::StreamWeights text = pointers({weights})[0];
   return with_dtypes(dtype, width, [&](Dtype type, cpu::StreamWidth kept) {
@@ -84,7 +84,7 @@ py::object draw(Sampler& sampler, py::handle object, int64_t length, double temp
 
 void define_sampler(py::module_& m) {
   py::class_<Sampler>(m, "Sampler", "A stream of ids: fused_lstm.generation.")
-      .def(py::init(&make), py::arg("dtype"), py::arg("width"), py::arg("batch_size"),
+      .def(py::init(&make_sampler), py::arg("dtype"), py::arg("width"), py::arg("batch_size"),
            py::arg("input_size"), py::arg("hidden_size"), py::arg("proj_size"), py::arg("layers"),
            py::arg("vocabulary"), py::arg("weights"))
       .def("draw", &draw, py::arg("ids"), py::arg("length"), py::arg("temperature"),

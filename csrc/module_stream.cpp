@@ -79,9 +79,9 @@ py::object step(Stream& stream, py::handle object, py::handle given_out) {
   return steal(THPVariable_Wrap(out));
 }
 
-std::unique_ptr<Stream> make(const std::string& dtype, const std::string& width, int64_t batch_size,
-                             int64_t input_size, int64_t hidden_size, int64_t proj_size,
-                             const std::vector<Layer>& layers) {
+std::unique_ptr<Stream> make_stream(const std::string& dtype, const std::string& width,
+                                    int64_t batch_size, int64_t input_size, int64_t hidden_size,
+                                    int64_t proj_size, const std::vector<Layer>& layers) {
   const StreamShape shape = shape_of(layers, batch_size, input_size, hidden_size, proj_size);
   return with_dtypes(dtype, width, [&](Dtype type, cpu::StreamWidth kept) {
     return std::make_unique<Stream>(type, kept, shape, pointers(layers));
@@ -100,7 +100,7 @@ void reset(Stream& stream, const std::optional<std::vector<int64_t>>& rows) {
 
 void define_stream(py::module_& m) {
   py::class_<Stream>(m, "Stream", "Steps of a stack of layers: fused_lstm.stream.Stream.")
-      .def(py::init(&make), py::arg("dtype"), py::arg("width"), py::arg("batch_size"),
+      .def(py::init(&make_stream), py::arg("dtype"), py::arg("width"), py::arg("batch_size"),
            py::arg("input_size"), py::arg("hidden_size"), py::arg("proj_size"), py::arg("layers"))
       .def("step", &step, py::arg("input"), py::arg("out"))
       .def("fork", [](const Stream& stream) { return std::make_unique<Stream>(stream); })

@@ -1,5 +1,5 @@
 // What the files of fused_lstm._C have in common that take and give tensors: the only ones that know
-// both torch and Python; torch's headers cost each a quarter of a minute.
+// both torch and Python.
 #pragma once
 
 #include <ATen/EmptyTensor.h>

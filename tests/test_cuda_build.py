@@ -317,8 +317,8 @@ def test_kernels_are_built(sources: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert build_info(sources)["cuda"] == "yes: CUDA 13.0, sm_80 sm_90a"
     lines = lines_of_ninja(sources)
-    flags = {  # of each object
-        line.split()[1].rstrip(":").partition("/csrc/")[2]: lines[number + 1]
+    flags = {  # of each object, without the build's folder and csrc
+        line.split()[1].rstrip(":").split("/", 2)[2].removeprefix("csrc/"): lines[number + 1]
         for number, line in enumerate(lines)
         if line.startswith("build ")
     }
@@ -331,7 +331,7 @@ def test_kernels_are_built(sources: Path, tmp_path: Path) -> None:
             assert "-gencode=arch=compute_90a,code=sm_90a" in of_nvcc and "-fPIC" in of_nvcc
             assert f"-ccbin={program}" in of_nvcc
     assert "targets/a machine/include" in flags["cuda/plan.cpp.o"]
-    for name in ("cuda/plan.cpp.o", "ops.cpp.o", "module.cpp.o"):
+    for name in ("cuda/plan.cpp.o", "operators.cpp.o", "python.cpp.o"):
         assert "-DFUSED_LSTM_HAVE_CUDA" in flags[name]
     link = next(lines[n + 1] for n, line in enumerate(lines) if "libfused_lstm.so: link" in line)
     for library in ("-ltorch_cuda", "-lc10_cuda", f"{top}/lib64/libcudart.so.13"):
