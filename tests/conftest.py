@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", COMPILED.name)
 import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+THREADS = torch.get_num_threads()
 SEED = int(os.environ.get("FUSED_LSTM_TEST_SEED", "0"))
 
 if not list((ROOT / "fused_lstm").glob("_C.*.so")):
@@ -61,6 +63,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no GPU visible"))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        for item in items:
+            if item.get_closest_marker("alone"):
+                item.add_marker(pytest.mark.skip(reason="beside other tests: pytest -m alone"))
 
 
 GPU_LOST = 86  # the exit status: python -m benchmarks.gpu goes on in another process
@@ -96,6 +102,16 @@ def seed() -> int:
     """The seed of every test's random numbers; FUSED_LSTM_TEST_SEED sets another."""
     torch.manual_seed(SEED)
     return SEED
+
+
+@pytest.fixture(autouse=True)
+def threads_are_set_back() -> Iterator[None]:
+    """A test, or a module's fixture, that doesn't has the next ones test something else."""
+    found = torch.get_num_threads()
+    yield
+    left = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    assert found == left == THREADS, f"of {THREADS} threads {found} were found, {left} were left"
 
 
 @pytest.fixture

@@ -14,6 +14,9 @@ from parity import DTYPES, Options, arguments, results
 
 from fused_lstm import _C, FusedLSTM, backends
 
+# Beside other tests a call may take fewer threads, or calm a crowd.
+pytestmark = pytest.mark.alone
+
 
 @pytest.mark.parametrize(
     ("wanted", "affinity", "quota", "cap", "forked", "expected"),
