@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "cpu/processors.h"
 #include "module.h"
 #include "module_tensors.h"
 
@@ -18,10 +19,12 @@ void fill_mask(py::handle object, double keep, uint64_t seed) {
   if (!(keep > 0 && keep <= 1)) throw py::value_error(words("keep is a probability, got ", keep));
   const cpu::Kernel& kernel = cpu::active_kernel(*dtype);
   void* const data = mask.mutable_data_ptr();
-  const int64_t count = mask.numel();
-  constexpr int64_t kBlock = cpu::kMaskBlock, kBlocks = 512;  // a thread's, 10 us, at the least
+  constexpr int64_t kBlock = cpu::kMaskBlock, kLeast = 512;  // of a thread's blocks: 10 us
+  const int64_t count = mask.numel(), blocks = (count + kBlock - 1) / kBlock;
+  const int threads = cpu::thread_limit(at::get_num_threads(), cpu::processors());
+  const int64_t share = std::max(kLeast, (blocks + threads - 1) / threads);
   const py::gil_scoped_release others_may_run;
-  at::parallel_for(0, (count + kBlock - 1) / kBlock, kBlocks, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, blocks, share, [&](int64_t begin, int64_t end) {
     kernel.fill_mask(data, begin * kBlock, std::min(end * kBlock, count) - begin * kBlock, keep,
                      seed);
   });

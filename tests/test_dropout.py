@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
+from fresh_process import run_python
 from parity import DTYPES
 from torch import Tensor, nn
 
@@ -74,6 +76,27 @@ def test_same_mask_for_any_number_of_threads() -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
+def test_a_forked_child_draws_the_same_mask() -> None:
+    """By itself: OpenMP's threads are not in it, and would be waited for for ever."""
+    code = """
+import os, signal, torch
+from fused_lstm import _C
+torch.set_num_threads(2)
+masks = [torch.empty(300_001) for _ in range(2)]
+_C.fill_mask(masks[0], 0.5, 3)
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    torch.set_num_threads(2)
+    _C.fill_mask(masks[1], 0.5, 3)
+    os._exit(0 if masks[0].numpy().tobytes() == masks[1].numpy().tobytes() else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    found = run_python("-c", code)
+    assert found.stdout == "0\n", found.stdout + found.stderr
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.93])
