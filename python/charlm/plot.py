@@ -57,8 +57,12 @@ def figure(runs: Mapping[str, Sequence[Record]], over: str = "steps") -> "Figure
             style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKS[index % len(MARKS)]}
             _curves(loss, rate, records, OVER[over][0], f" {name}" if len(runs) > 1 else "", style)
         _label(loss, rate, OVER[over][1])
-        loss.set_title(f"{len(runs)} runs" if len(runs) > 1 else next(iter(runs)), fontsize=10)
-        loss.legend(frameon=False, fontsize=8, ncols=1 if len(runs) < 4 else 2)
+        if len(runs) == 1:
+            loss.set_title(next(iter(runs)), fontsize=10)
+            loss.legend(frameon=False, fontsize=8)
+        else:  # of many lines a legend among them would hide some: it is above them
+            above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1)}
+            loss.legend(frameon=False, fontsize=8, ncols=2, **above)
     return drawing
 
 
