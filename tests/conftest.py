@@ -25,6 +25,9 @@ os.environ.update(STOCK.get(os.environ.get("FUSED_LSTM_CPU", ""), {}))
 COMPILED = tempfile.TemporaryDirectory(prefix="fused_lstm_tests_")
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", COMPILED.name)
 
+# What this pytest is told is not for those that tests start.
+os.environ.pop("PYTEST_ADDOPTS", None)
+
 import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -116,7 +116,8 @@ def tests(log: Path, limit_s: float, selections: dict[str, tuple[str, ...]] = SE
     for name, select in selections.items():
         after: tuple[str, ...] = ()
         while (left := start + limit_s - time.monotonic()) > 1:
-            done = run([sys.executable, *PYTEST, *select, *after], log, left, cwd=ROOT)
+            command = [sys.executable, *PYTEST, *select, *after]
+            done = run(command, log, left, cwd=ROOT, PYTEST_ADDOPTS="")  # -n has other lines
             lines += done.lines
             states[name] = "skipped" if done.code == NO_TESTS and not after else done.state
             ended = [match[1] for line in done.lines if (match := ENDED.match(line))]

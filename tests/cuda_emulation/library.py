@@ -7,6 +7,7 @@ operators are then `torch.ops.fused_lstm_emulation.*` for tensors on the CPU.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -86,7 +87,16 @@ def run(command: list[str]) -> None:
 
 
 def build(name: str, sources: list[tuple[Path, str]], link: str, folder: Path) -> Path:
-    """The shared object, in `folder`: built there unless it has been, of the very same sources."""
+    """The shared object, in `folder`: built there unless it has been, of the very same sources.
+
+    Who comes second waits for the first, which may be another of pytest's workers.
+    """
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return build_alone(name, sources, link, folder)
+
+
+def build_alone(name: str, sources: list[tuple[Path, str]], link: str, folder: Path) -> Path:
     headers = [*HERE.glob("*.h"), *CSRC.glob("*.h"), *CSRC.glob("cuda/*.h"), *CSRC.glob("cuda/*h")]
     common = hashlib.sha256(f"{CXX} {FLAGS} {link} {torch.__version__}".encode())
     for header in sorted(headers):
