@@ -9,7 +9,7 @@ import threading
 import pytest
 from fresh_process import run_python
 from test_generate import Model, prompt
-from test_stream import MEMORY
+from test_stream_contract import MEMORY
 
 from fused_lstm.generation import Sampler
 
