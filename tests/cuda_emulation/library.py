@@ -86,6 +86,15 @@ def run(command: list[str]) -> None:
         raise RuntimeError(f"{shlex.join(command)}:\n{done.stdout}{done.stderr}")
 
 
+def made(target: Path, command: list[str]) -> Path:
+    """The file that this command makes, unless it is there; none is left half made."""
+    if not target.exists():
+        part = target.with_suffix(f".{os.getpid()}.part")
+        run([*command, "-o", str(part)])
+        part.replace(target)
+    return target
+
+
 def build(name: str, sources: list[tuple[Path, str]], link: str, folder: Path) -> Path:
     """The shared object, in `folder`: built there unless it has been, of the very same sources.
 
@@ -107,20 +116,13 @@ def build_alone(name: str, sources: list[tuple[Path, str]], link: str, folder: P
         digest = common.copy()
         digest.update(flags.encode() + path.read_bytes())
         target = folder / f"{path.stem}-{digest.hexdigest()[:16]}.o"
-        if not target.exists():
-            part = target.with_suffix(f".{os.getpid()}.part")
-            command = shlex.split(f"{CXX} -x c++ {FLAGS} {flags} -c") + [str(path), "-o", str(part)]
-            run(command)
-            part.replace(target)
-        return target
+        return made(target, [*shlex.split(f"{CXX} -x c++ {FLAGS} {flags} -c"), str(path)])
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, sources))
     digest = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
-    target = folder / f"{name}-{digest}.so"
-    if not target.exists():
-        run(shlex.split(f"{CXX} {LINK}") + [*map(str, objects), "-o", str(target)] + link.split())
-    return target
+    command = [*shlex.split(f"{CXX} {LINK}"), *map(str, objects), *link.split()]
+    return made(folder / f"{name}-{digest}.so", command)
 
 
 @contextmanager
