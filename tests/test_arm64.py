@@ -82,7 +82,7 @@ def test_streams(tmp_path: Path) -> None:
         [str(target)] if NATIVE else [str(EMULATOR), str(target)],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=200,
     )
     assert done.returncode == 0 and "48 streams, 0 failures" in done.stdout, done
 

@@ -75,7 +75,7 @@ def test_kernels_run_clean(sanitizer: str, tmp_path: Path) -> None:
             [*fixed, str(program)],
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=200,
             env={**os.environ, "ASAN_OPTIONS": "detect_leaks=1", "TSAN_OPTIONS": "exitcode=66"},
         )
         print(isa, done.stdout, done.stderr)
