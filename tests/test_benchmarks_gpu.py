@@ -272,7 +272,10 @@ def test_build(
     assert fused_lstm_trial.ARCH == "9.0a"
 
 
-def test_tests_stage(benchmarks: ModuleType, tmp_path: Path) -> None:
+def test_tests_stage(
+    benchmarks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-qq")  # the user's, with whom no test has a line
     (tmp_path / "test_trial.py").write_text(
         "import pytest\n"
         "@pytest.mark.parametrize('n', ['FAILED', 2, 3])\n"

@@ -178,6 +178,14 @@ def test_plot_of_one_run_lies_in_it(runs: Path) -> None:
     assert (runs / "a/loss.png").read_bytes() == data, "other bytes from the same run"
 
 
+def test_the_legend_of_several_runs_hides_no_line() -> None:
+    pytest.importorskip("matplotlib")
+    axes = plot.figure({"a": records(), "b": records()}).axes[0]
+    axes.figure.draw_without_rendering()
+    legend = axes.get_legend()
+    assert legend and legend.get_window_extent().ymin >= axes.get_window_extent().ymax
+
+
 @pytest.mark.parametrize("over", plot.OVER)
 def test_plot_of_several_runs(runs: Path, over: str) -> None:
     pytest.importorskip("matplotlib")

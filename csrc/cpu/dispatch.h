@@ -90,7 +90,8 @@ enum StreamWidth { kOwnWidth, kBFloat16Weights, kInt8Weights, kStreamWidths };
 constexpr int64_t kMaskBlock = 64;  // elements that a mask is drawn by
 
 // One instruction set's entry points for one compute dtype; null where they are those of the set
-// before it (kernel.cpp). `directions` structs (1 or 2) of the same shape. The workspace needs 64-byte alignment; its size is for exactly these arguments.
+// before it (kernel.cpp). `directions` structs (1 or 2) of the same shape. The workspace needs
+// 64-byte alignment; its size is for exactly these arguments.
 struct Kernel {
   int64_t (*forward_workspace)(const Forward* args, int directions, int threads);
   Waits (*forward)(const Forward* args, int directions, Crew crew, void* workspace);
