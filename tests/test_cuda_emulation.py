@@ -138,6 +138,20 @@ def test_persistent_kernels(emulation: Emulation, case: Case, operands: str, see
     check(emulation, case, operands, chosen)
 
 
+# Blocks of 12 units, and of 8: the last block of a team has fewer.
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(Options(H=130, T=4, B=9, kind="packed", bidirectional=True), 22),
+        Case(Options(H=143, T=3, B=3), 12),
+        Case(Options(H=129, T=4, B=17, kind="packed"), 51),
+    ],
+    ids=str,
+)
+def test_plain_products_of_fewer_units(emulation: Emulation, case: Case, seed: int) -> None:
+    check(emulation, case, "f32", schedules(3, seed))
+
+
 # With little shared memory, part of the weights is read from global memory in each step: forward of
 # the first, both passes of the second.
 @pytest.mark.parametrize(

@@ -11,22 +11,30 @@ from cuda_sass import POLL, PRODUCT, Kernel
 
 pytestmark = pytest.mark.timeout(600)
 
+ARCHITECTURES = ["80", "90a"]
 # Polled loads of a group: chunks in flight (product.cuh) times tiles of 8 rows.
-TOGETHER = {"forward_kernel kF16 8": 4, "forward_kernel kF16 16": 8,
+TOGETHER = {"forward_kernel kF16 16 8": 4, "forward_kernel kF16 16 16": 8,
             "backward_kernel kF16 8": 16, "backward_kernel kF16 16": 12}  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["80", "90a"])
-def kernels(request: pytest.FixtureRequest) -> list[Kernel]:
+CODE_KEPT = 128 << 10  # bytes of instructions that a multiprocessor keeps
+
+
+def disassembled(operands: str, architecture: str) -> list[Kernel]:
     try:
         nvcc = cuda_toolkit.find("13", sys.path).nvcc
         return [
             kernel
             for source in ("forward.cu", "backward.cu")
-            for kernel in cuda_sass.disassembled(nvcc, source, "kF16", request.param)
+            for kernel in cuda_sass.disassembled(nvcc, source, operands, architecture)
         ]
     except LookupError as why:
         pytest.skip(str(why))
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def kernels(request: pytest.FixtureRequest) -> list[Kernel]:
+    return disassembled("kF16", request.param)
 
 
 def test_partial_sums_are_stored_whole(kernels: list[Kernel]) -> None:
@@ -50,3 +58,14 @@ def test_loads_of_a_group_set_out_together(kernels: list[Kernel]) -> None:
 def test_the_steps_to_come_are_prefetched(kernels: list[Kernel]) -> None:
     for kernel in kernels:
         assert kernel.opcodes(r"CCTL\.E\.PF2"), kernel.name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_plain_products_go_on_while_the_next_chunks_come(architecture: str) -> None:
+    """What first waits for a polled load is the look whether it is there, or what joins a warp, and
+    neither a product nor what it reads; and the whole step stays in the cache for instructions."""
+    plain = disassembled("kF32", architecture)
+    assert len(plain) == 4
+    for kernel in plain:
+        assert not {"FFMA", "LDS"} & kernel.first_waits(POLL).keys(), kernel.name
+        assert len(kernel.loop) * 16 < CODE_KEPT / 2, kernel.name

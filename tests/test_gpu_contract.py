@@ -333,6 +333,8 @@ EDGES = {
     "both directions": ("H", "2 directions", {}),
     "weights kept": ("H", " 0 bytes of weights", {}),
     "largest": ("H", "persistent", {}),
+    "8 units a block": ("H", " 8 units", {}),
+    "12 units a block": ("H", " 12 units", {}),
     "8 rows a tile": ("B", " 8 rows", {"H": 512}),
     "one tile": ("B", " 1 tile ", {"H": 512}),
     "most tiles": ("B", "persistent", {"H": 512}),

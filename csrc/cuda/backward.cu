@@ -18,18 +18,20 @@
 // Shared memory: [weights that registers don't hold, as far as there is room][partial sums, two
 // copies][dc][handed between the halves, two copies][kF32: a stage of each warp].
 #include "cell.cuh"
-#include "product.cuh"
+#include "plain_product.cuh"
 
 namespace fused_lstm::cuda {
 namespace {
 
 // Where the sum for a unit of row n lies among a block's partial sums, in floats: in the order in
-// which mma leaves them, turned so that neither the lanes that write nor those that read meet in a
-// bank.
+// which lanes leave them, turned so that neither those that write (of units of a half of 16 and
+// every other n by mma, of four units and any n in plain fp32) nor those that read (of a half and
+// four n) meet in a bank.
 template <int NT>
 FUSED_LSTM_DEVICE int partial_sum_of(int unit, int n) {
-  const int place = (unit % 8 * 4 + n % 8 / 2) ^ (n % 2 * 2) ^ unit % 16 / 8;
-  return ((unit / 16 * NT + n / 8) * 4 + unit % 16 / 8 * 2 + n % 2) * 32 + place;
+  const int turn = unit / 4 % 2,
+            place = (n ^ turn) % 2 * 8 + n / 2 % 2 * 4 + (n / 4 ^ turn) % 2 * 16;
+  return ((n / 8 * 2 + unit / 8) * 2 + n % 2) * 32 + place + unit % 4;
 }
 
 // What one cell's gradient takes, loaded a tile ahead.
@@ -123,14 +125,14 @@ struct Cells {
   using S = Storage<kOperands>;
   using T = typename S::Type;
   static constexpr int kRows = 8 * NT;
-  static constexpr int kCount = kUnitsInTeam * kRows;
+  static constexpr int kCount = kMostUnits * kRows;
   static constexpr bool kServed = kIsServed<kRows>;
 
   const BackwardParams& params;
   const Place place;
   char* const shared;
   const bool owner, works;  // works: prepares cells, its own or those that it serves
-  CellPlace<NT> own;
+  CellPlace<kMostUnits, NT> own;
   const Handed handed;
   Saved<T> saved;
   CellSlopes<float> slopes = {};
@@ -156,7 +158,8 @@ struct Cells {
   // See forward.cu.
   FUSED_LSTM_DEVICE void find_again() {
     if (kOperands == kF32)
-      own = CellPlace<NT>(opaque(thread_index()) % kCount, place.slice, params.extent.H);
+      own =
+          CellPlace<kMostUnits, NT>(opaque(thread_index()) % kCount, place.slice, params.extent.H);
   }
 
   // grad_c_n into shared memory.
@@ -246,7 +249,7 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
   const BackwardTask& first = params.direction[place.direction];
   char* const shared = cells.shared;
 
-  Weights<1, kRegisterChunks<kBackward, kOperands>> weights;
+  Weights<1, kRegisterChunks<kBackward, kOperands, kMostUnits>> weights;
   weights.load(first.weights, tiling, shared);
   cells.begin();
 

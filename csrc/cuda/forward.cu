@@ -2,16 +2,16 @@
 //
 //   gates = (x W_ih^T)_t + b_ih + b_hh + h_{t-1} W_hh^T;  c_t, h_t as in ../lstm.h
 //
-// A block has 16 hidden units, all four gates of them, and multiplies tile_rows rows of the batch
-// at a time: each warp a share of the columns of W_hh, with its weights in registers, and in shared
-// memory what does not fit there. The partial sums meet in shared memory; one thread then updates
-// one cell, whose c stays in shared memory from step to step in fp32. h goes to `output`, and for
-// the next step into `states` in global memory, which is filled with kNotYet before the launch: the
-// words themselves say that they are there, and no block waits for more than the words that its
-// lanes multiply. Row b of `states` is h_0, row B + r the h of packed row r, so that no word is
-// written twice.
+// A block has 16 hidden units, in plain fp32 also 12 or 8, all four gates of them, and multiplies
+// tile_rows rows of the batch at a time: each warp a share of the columns of W_hh, with its weights
+// in registers, and in shared memory what does not fit there. The partial sums meet in shared
+// memory; one thread then updates one cell, whose c stays in shared memory from step to step in
+// fp32. h goes to `output`, and for the next step into `states` in global memory, which is filled
+// with kNotYet before the launch: the words themselves say that they are there, and no block waits
+// for more than the words that its lanes multiply. Row b of `states` is h_0, row B + r the h of
+// packed row r, so that no word is written twice.
 //
-// With tiles of 8 rows half of the threads have cells, and the other half serves them: it loads x,
+// With tiles of 8 rows half of the threads or less have cells, and as many others serve them: it loads x,
 // hands over what the sums begin with, and saves what the cells found. One thread's instructions
 // follow each other at some 7 cycles each, and others wait for those between the last product and
 // the publication, and between that and the next look at what others have published.
@@ -19,16 +19,18 @@
 // Shared memory: [weights that registers don't hold, as far as there is room][partial sums, two
 // copies][biases][c][handed between the halves, two copies][kF32: a stage of each warp].
 #include "cell.cuh"
-#include "product.cuh"
+#include "plain_product.cuh"
 
 namespace fused_lstm::cuda {
 namespace {
 
 // Where the four gates of unit 8 mu + u of row n lie among a block's partial sums, in Words: in the
 // order in which mma leaves them (n / 2 in q), turned so that neither the lanes that write (u, q)
-// nor those that read (u, n) meet in a bank.
-template <int NT>
+// nor those that read (u, n) meet in a bank. Of the last four units, where there are not eight, 8
+// lanes write rows n and n + 4 and read n and n + 1.
+template <int kUnits, int NT>
 FUSED_LSTM_DEVICE int partial_sum_of(int mu, int u, int n) {
+  if (kUnits % 8 && mu == kUnits / 8) return mu * NT * 64 + (n * 4 ^ n / 4 % 2 * 4) + u;
   return ((mu * NT + n / 8) * 2 + n % 2) * 32 + u * 4 + (n % 8 / 2 ^ u / 2);
 }
 
@@ -114,20 +116,20 @@ struct Handed {
 };
 
 // A thread's cell in each tile, or that of the thread that it serves.
-template <Operands kOperands, int NT>
+template <Operands kOperands, int kUnits, int NT>
 struct Cells {
   using S = Storage<kOperands>;
   using T = typename S::Type;
   using X = T[4];  // x W_ih^T of the cell
   static constexpr int kRows = 8 * NT;
-  static constexpr int kCount = kUnitsInTeam * kRows;  // and as many threads that have one
+  static constexpr int kCount = kUnits * kRows;  // and as many threads that have one
   static constexpr bool kServed = kIsServed<kRows>;
 
   const ForwardParams& params;
   const Place place;
   char* const shared;
-  const bool owner;  // the others serve
-  CellPlace<NT> own;
+  const bool owner, serves;
+  CellPlace<kUnits, NT> own;
   const Handed handed;
   int unsaved = -1;  // the row whose cell the other half has handed over
 
@@ -136,6 +138,7 @@ struct Cells {
         place(of.tiling),
         shared(shared_memory()),
         owner(thread_index() < kCount),
+        serves(kServed && thread_index() / kCount == 1),
         own(thread_index() % kCount, place.slice, of.extent.H),
         handed(shared + of.tiling.handed, kCount, thread_index() % kCount) {}
 
@@ -153,15 +156,15 @@ struct Cells {
   // Finds the place again where keeping it would take registers that the product needs.
   FUSED_LSTM_DEVICE void find_again() {
     if (!kServed || kOperands == kTf32)
-      own = CellPlace<NT>(opaque(thread_index()) % kCount, place.slice, params.extent.H);
+      own = CellPlace<kUnits, NT>(opaque(thread_index()) % kCount, place.slice, params.extent.H);
   }
 
   // The biases' sums and c_0 into shared memory.
   FUSED_LSTM_DEVICE void begin() const {
     const ForwardDirection& given = params.direction[place.direction].given;
     const int thread = thread_index(), H = params.extent.H;
-    if (thread < kUnitsInTeam) {
-      const int at = place.slice * kUnitsInTeam + thread;
+    if (thread < kUnits) {
+      const int at = place.slice * kUnits + thread;
       float bias[4] = {};
       if (given.bias_ih && at < H) {
 #pragma unroll
@@ -203,7 +206,7 @@ struct Cells {
   // Into L2: one unit of eight does it for all of them, their cells lie in the same sectors.
   FUSED_LSTM_DEVICE void look_ahead(const ForwardTask& task, const Turn& turn,
                                     const Walk& walk) const {
-    if ((!kServed || !owner) && own.real && own.u == 0)
+    if ((kServed ? serves : owner) && own.real && own.u == 0)
       prefetch_cell<T>(params, task, walk.rows(turn.s + kStepsPrefetched), turn.row_0 + own.row,
                        own.unit);
   }
@@ -218,7 +221,7 @@ struct Cells {
       handed.take(copy, sum);
     else
       begin_sums(x, turn, sum);
-    gather(sum, partials + partial_sum_of<NT>(own.mu, own.u, own.row), kCount);
+    gather(sum, partials + partial_sum_of<kUnits, NT>(own.mu, own.u, own.row), kCount);
     float* const c = states() + turn.tile * kCount + thread_index();
     Cell<float> found = update_cell<sizeof(T) == 2>(sum, load_element(c));
     if (!own.real) found.h = 0;
@@ -258,18 +261,18 @@ struct Cells {
   }
 };
 
-template <Operands kOperands, int NT>
+template <Operands kOperands, int kUnits, int NT>
 FUSED_LSTM_KERNEL(32 * kWarpsInTeam)
 forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
-  constexpr int MT = 4;  // gates i, f and g, o of 8 units are two tiles of 16 rows
-  using Cells = Cells<kOperands, NT>;
+  constexpr int MT = kRowTiles<kForward, kUnits>;
+  using Cells = Cells<kOperands, kUnits, NT>;
   const Tiling& tiling = params.tiling;
   Cells cells(params);
   const Place& place = cells.place;
   const ForwardTask& first = params.direction[place.direction];
   char* const shared = cells.shared;
 
-  Weights<MT, kRegisterChunks<kForward, kOperands>> weights;
+  Weights<MT, kRegisterChunks<kForward, kOperands, kUnits>> weights;
   weights.load(first.weights, tiling, shared);
   cells.begin();
   block_barrier();
@@ -291,7 +294,7 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
   bool more = walk.next();
   const bool early = tiling.tiles > 1;
   if (more && early) source.set_out(aim(), weights.chunks, state);
-  if (more && !cells.owner) {
+  if (more && cells.serves) {
     typename Cells::X x;
     cells.load_x(walk.turn(), x);
     cells.hand_sums(x, walk.turn(), 0);
@@ -317,15 +320,16 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
     Words* const partials =
         reinterpret_cast<Words*>(shared + tiling.partials) + copy * kWarpsInTeam * Cells::kCount;
     sums.each_unit([&](int mu, int u, int n, const Words& gates) {
-      store_words(partials + thread_index() / kLanes * Cells::kCount + partial_sum_of<NT>(mu, u, n),
-                  gates);
+      store_words(
+          partials + thread_index() / kLanes * Cells::kCount + partial_sum_of<kUnits, NT>(mu, u, n),
+          gates);
     });
     block_barrier();
 
     cells.find_again();
     if (cells.owner)
       cells.update(task, turn, x, partials, copy, more);
-    else
+    else if (cells.serves)
       cells.serve(turn, walk.turn(), copy, more);
   }
 }
@@ -334,9 +338,13 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
 
 template <Operands kOperands>
 ForwardKernel forward_kernel_for(const Plan& plan) {
-  if constexpr (kOperands != kF32)  // whose sums would take all the registers
-    if (plan.tile_rows == 16) return forward_kernel<kOperands, 2>;
-  return forward_kernel<kOperands, 1>;
+  if constexpr (kOperands == kF32) {  // whose sums would take all the registers for 16 rows
+    if (plan.units == 8) return forward_kernel<kOperands, 8, 1>;
+    if (plan.units == 12) return forward_kernel<kOperands, 12, 1>;
+  } else {
+    if (plan.tile_rows == 16) return forward_kernel<kOperands, kMostUnits, 2>;
+  }
+  return forward_kernel<kOperands, kMostUnits, 1>;
 }
 
 template ForwardKernel forward_kernel_for<FUSED_LSTM_OPERANDS>(const Plan&);

@@ -13,7 +13,7 @@ namespace fused_lstm::cuda {
 
 // The numbers of a Plan that kernels need, with what follows from them for this call.
 struct Tiling {
-  int slices, groups, tiles;
+  int slices, units, groups, tiles;
   int row_tiles, chunks;  // of a warp
   int shared_chunks;      // of these, in shared memory
   int columns;     // of the recurrent weights' rows that are multiplied: H, or 4 padded H backward
@@ -118,20 +118,21 @@ struct Place {
   }
 };
 
-// A thread's cell: one unit, and the same row of each tile.
-template <int NT>
+// A thread's cell, in a block with so many units: one of these, and the same row of each tile.
+template <int kUnits, int NT>
 struct CellPlace {
-  int mu, u;  // the block's unit 8 mu + u
+  int mu, u;  // the block's unit 8 mu + u; u below 4 where there is no eight left
   int row;    // of the tile
   int unit;   // of all
   bool real;
 
-  FUSED_LSTM_DEVICE CellPlace(int cell, int slice, int H)
-      : mu(cell / (64 * NT)),
-        u(cell % 8),
-        row(cell / 8 % (8 * NT)),
-        unit(slice * kUnitsInTeam + 8 * mu + u),
-        real(unit < H) {}
+  FUSED_LSTM_DEVICE CellPlace(int cell, int slice, int H) : mu(cell / (64 * NT)) {
+    const int together = kUnits % 8 && mu == kUnits / 8 ? 4 : 8;
+    u = cell % together;
+    row = cell / together % (8 * NT);
+    unit = slice * kUnits + 8 * mu + u;
+    real = unit < H;
+  }
 };
 
 // How far ahead of their use the loads of a step are asked of memory: some 4 us.

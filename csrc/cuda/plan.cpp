@@ -17,34 +17,35 @@ Plan refuse(Plan plan, std::string reason) {
 
 // Sets the offsets for so many chunks of weights of each warp.
 void lay_out_shared_memory(Plan& p, int shared_chunks) {
-  const int cells = kUnitsInTeam * p.tile_rows;
+  const int cells = p.units * p.tile_rows;
   // One barrier a tile does, by writing to two copies in turn.
   constexpr int kCopies = 2;
   p.shared_chunks = shared_chunks;
   p.partials = shared_chunks * row_tiles(p) * kWarpsInTeam * kFragmentBytes;
   p.bias = p.partials + kCopies * kWarpsInTeam * cells * (p.pass == kForward ? 16 : 4);
-  p.cell = p.bias + (p.pass == kForward ? kUnitsInTeam * 16 : 0);
+  p.cell = p.bias + (p.pass == kForward ? p.units * 16 : 0);
   p.handed = p.cell + p.tiles * cells * 4;
   p.states = p.handed + (is_served(p.tile_rows) ? cells * handed_bytes(p.pass) : 0);
   // Plain fp32 multiplications read states from shared memory, where each warp puts its share.
-  const int staged = p.operands == kF32 ? kWarpsInTeam * 2 * p.tile_rows * kChunkBytes : 0;
+  const int staged =
+      p.operands == kF32 ? kWarpsInTeam * kStagedChunks * p.tile_rows * kChunkBytes : 0;
   p.shared_bytes = p.states + staged;
 }
 
 // As many of the chunks that registers don't hold as go into shared memory.
 void share_out_weights(Plan& p, const Device& device) {
   const int chunk = row_tiles(p) * kWarpsInTeam * kFragmentBytes;
-  const int rest = std::max(0, p.chunks - register_chunks(p.pass, p.operands));
+  const int rest = std::max(0, p.chunks - register_chunks(p.pass, p.operands, p.units));
   lay_out_shared_memory(p, 0);
   const int room = std::max(0, device.shared_bytes - p.shared_bytes) / chunk;
   lay_out_shared_memory(p, std::min(rest, room));
   p.streamed_bytes = (rest - p.shared_chunks) * chunk * p.tiles;
 }
 
-// Into blocks, teams and tiles.
-Plan cut(Plan p, const Device& device, int B, int H, int columns) {
-  if (!device.cooperative) return refuse(p, "the device has no cooperative launches");
-  p.slices = ceil_div(H, kUnitsInTeam);
+// Into blocks of so many units, teams and tiles.
+Plan cut(Plan p, const Device& device, int B, int H, int columns, int units) {
+  p.units = units;
+  p.slices = ceil_div(H, units);
   p.chunks = ceil_div(weight_chunks(p.operands, columns), kWarpsInTeam);
   if (p.slices * p.directions > device.multiprocessors) p.directions = 1;
   const int most_groups = device.multiprocessors / (p.slices * p.directions);
@@ -75,6 +76,20 @@ Plan cut(Plan p, const Device& device, int B, int H, int columns) {
   return p;
 }
 
+// With fewer units to a block where that leaves each no more tiles, and a warp has more than a chunk
+// of columns to multiply: below that a step is all exchange, and more blocks wait for each other.
+Plan cut(const Plan& p, const Device& device, int B, int H, int columns) {
+  if (!device.cooperative) return refuse(p, "the device has no cooperative launches");
+  Plan best = cut(p, device, B, H, columns, kMostUnits);
+  if (p.pass == kForward && p.operands == kF32 && best.chunks > 1)
+    for (const int units : {12, 8}) {
+      const Plan other = cut(p, device, B, H, columns, units);
+      const bool no_more = other.tiles <= best.tiles && other.directions == best.directions;
+      if (other.persistent && (!best.persistent || no_more)) best = other;
+    }
+  return best;
+}
+
 }  // namespace
 
 Plan plan(const Device& device, Pass pass, Operands operands, int T, int B, int H, int directions) {
@@ -99,10 +114,10 @@ std::string describe(const Plan& p) {
   };
   return "persistent: " + count(p.directions, "direction") + " at a time, " +
          count(p.groups, "team") + " each of " + count(p.slices, "block") + " of " +
-         count(p.threads(), "thread") + ", " + count(p.tiles, "tile") + " of " +
-         std::to_string(p.tile_rows) + " rows a step, " + std::to_string(p.shared_bytes) +
-         " bytes of shared memory, " + std::to_string(p.streamed_bytes) +
-         " bytes of weights read anew a step";
+         count(p.units, "unit") + " and " + count(p.threads(), "thread") + ", " +
+         count(p.tiles, "tile") + " of " + std::to_string(p.tile_rows) + " rows a step, " +
+         std::to_string(p.shared_bytes) + " bytes of shared memory, " +
+         std::to_string(p.streamed_bytes) + " bytes of weights read anew a step";
 }
 
 }  // namespace fused_lstm::cuda

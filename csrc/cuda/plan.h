@@ -1,6 +1,6 @@
 // Which path serves a call, and how the persistent path cuts it up. Pure C++.
 //
-// The persistent kernels keep the recurrent weights of 16 hidden units in each block, in
+// The persistent kernels keep the recurrent weights of up to 16 hidden units in each block, in
 // registers as far as they go, in shared memory beyond, and in L2 what that does not hold. The
 // blocks of one team, `slices` of them, hold all the weights of one direction and serve `tiles`
 // tiles of the batch, one after the other in each step; `groups` teams share the batch. All blocks
@@ -38,16 +38,24 @@ inline int weight_chunks(Operands operands, int columns) {
 
 // Chunks of weights that a warp keeps in registers: as many as leave room for the rest of what a
 // thread needs among its 255 registers: what is in flight of the states too, which backward is a
-// team's whole share up to H 1024 in 16 bits (product.cuh). nvcc's report decides: nothing may
+// team's whole share up to H 1024 in 16 bits (published.cuh). nvcc's report decides: nothing may
 // spill.
-constexpr int register_chunks(Pass pass, Operands operands) {
-  if (pass == kBackward) return 12;
-  return operands == kF32 ? 2 : 4;
+constexpr int register_chunks(Pass pass, Operands operands, int units) {
+  if (operands == kF32) return pass == kBackward ? 8 : units == 8 ? 4 : 2;
+  return pass == kBackward ? 12 : 4;
 }
-template <Pass kPass, Operands kOperands>
-constexpr int kRegisterChunks = register_chunks(kPass, kOperands);
+template <Pass kPass, Operands kOperands, int kUnits>
+constexpr int kRegisterChunks = register_chunks(kPass, kOperands, kUnits);
 
-constexpr int kUnitsInTeam = 16;  // hidden units of a block of a team
+// Hidden units of a block of a team: 16, the rows of a tile of weights. Plain fp32 multiplications
+// take longer than all else in a step, so forward fewer where a team's blocks then are more: 12 or
+// 8, three or two tiles of 16 gates. Backward a tile has 16 rows however many units there are.
+constexpr int kMostUnits = 16;
+constexpr int row_tiles(Pass pass, int units) { return pass == kBackward ? 1 : units / 4; }
+template <Pass kPass, int kUnits>
+constexpr int kRowTiles = row_tiles(kPass, kUnits);
+
+constexpr int kStagedChunks = 4;  // of states in shared memory at a time (plain_product.cuh)
 constexpr int kWarpsInTeam = 8;   // of a block of a team, which share its columns
 // Reckoned, not measured yet: the persistent path packs its weights first.
 constexpr int kFewestSteps = 3;
@@ -72,6 +80,7 @@ struct Plan {
   Pass pass;
   Operands operands;
   int directions;  // of one launch; a call's others follow in launches of their own
+  int units;       // of a block
   int slices, groups, tile_rows, tiles;
   int chunks;          // of 64 bytes of weight columns, for each warp
   int shared_chunks;   // of these, in shared memory
@@ -95,7 +104,7 @@ inline bool is_single(int64_t T, int64_t B, int64_t weight_bytes) {
 Plan plan(const Device& device, Pass pass, Operands operands, int T, int B, int H, int directions);
 
 // Tiles of 16 rows of weights that a warp multiplies.
-inline int row_tiles(const Plan& p) { return p.pass == kBackward ? 1 : 4; }
+inline int row_tiles(const Plan& p) { return row_tiles(p.pass, p.units); }
 
 // The same in words, for backends() and the benchmarks.
 std::string describe(const Plan& plan);

@@ -25,47 +25,55 @@ struct PackParams {
   int directions;
 };
 
-// The row of a forward block's weights: tiles of 16 rows hold gates i and f, then g and o, of 8
-// units. Backward a row is a unit, and the columns are the gates of all units.
-template <class T, bool kForward>
-FUSED_LSTM_DEVICE T element(const T* weight_hh, int H, int padded, int row, int column) {
-  if constexpr (kForward) {
-    const int tile = row / 16, gate = tile % 2 * 2 + row % 16 / 8;
-    const int unit = tile / 2 * 8 + row % 8;
-    return unit < H && column < H ? weight_hh[int64_t(gate * H + unit) * H + column] : T(0);
-  } else {
-    // Comparisons: a division by a number known at run time takes as long as the load.
-    const int gate = (column >= padded) + (column >= 2 * padded) + (column >= 3 * padded);
-    const int unit = column - gate * padded;
-    return row < H && unit < H ? weight_hh[int64_t(gate * H + unit) * H + row] : T(0);
-  }
-}
+// Where a row of a block's weights lies: forward it is a gate of a unit; backward a unit, and the
+// columns are the gates of all units.
+template <class T, Pass kPass>
+struct WeightRow {
+  const T* weight_hh;
+  int H, padded, gate, unit;
 
-// The four words that a lane loads of a tile of 16 rows, half m of a chunk of columns.
-template <Operands kOperands, bool kForward>
-FUSED_LSTM_DEVICE Words packed(const void* given, int H, int padded, int row_tile, int chunk,
-                               int lane, int m) {
+  FUSED_LSTM_DEVICE WeightRow(const void* given, int H, const Tiling& tiling, int slice, int tile,
+                              int row)
+      : weight_hh(static_cast<const T*>(given)), H(H), padded(tiling.padded), gate(0), unit(row) {
+    if constexpr (kPass == kForward) unit_of_row(tiling.row_tiles, tile, row, gate, unit);
+    unit += slice * tiling.units;
+  }
+
+  FUSED_LSTM_DEVICE T operator[](int column) const {
+    if constexpr (kPass == kForward) {
+      return unit < H && column < H ? weight_hh[int64_t(gate * H + unit) * H + column] : T(0);
+    } else {
+      // Comparisons: a division by a number known at run time takes as long as the load.
+      const int of = (column >= padded) + (column >= 2 * padded) + (column >= 3 * padded);
+      const int from = column - of * padded;
+      return unit < H && from < H ? weight_hh[int64_t(of * H + from) * H + unit] : T(0);
+    }
+  }
+};
+
+// The four words that a lane loads of a tile of 16 rows, part m of a chunk of columns.
+template <Operands kOperands, Pass kPass>
+FUSED_LSTM_DEVICE Words packed(const void* given, int H, const Tiling& tiling, int slice, int tile,
+                               int chunk, int lane, int m) {
   using T = typename Storage<kOperands>::Type;
-  const T* weight_hh = static_cast<const T*>(given);
   const int first = chunk * (kChunkBytes / int(sizeof(T)));
   Words words;
   for (int r = 0; r < 4; ++r) {
     int row, word;
-    weight_position<kOperands>(lane, m, r, row, word);
-    row += row_tile * 16;
+    weight_position<kOperands, kPass>(lane, m, r, row, word);
+    const WeightRow<T, kPass> weights(given, H, tiling, slice, tile, row);
     if constexpr (sizeof(T) == 2) {
       const int column = first + 2 * word;
-      words.word[r] = element<T, kForward>(weight_hh, H, padded, row, column) |
-                      uint32_t(element<T, kForward>(weight_hh, H, padded, row, column + 1)) << 16;
+      words.word[r] = weights[column] | uint32_t(weights[column + 1]) << 16;
     } else {
-      const float value = element<T, kForward>(weight_hh, H, padded, row, first + word);
+      const float value = weights[first + word];
       words.word[r] = float_bits(kOperands == kTf32 ? round_tf32(value) : value);
     }
   }
   return words;
 }
 
-template <Operands kOperands, bool kForward>
+template <Operands kOperands, Pass kPass>
 FUSED_LSTM_KERNEL(256)
 pack_kernel(FUSED_LSTM_PARAMS(PackParams) p) {
   using S = Storage<kOperands>;
@@ -84,9 +92,9 @@ pack_kernel(FUSED_LSTM_PARAMS(PackParams) p) {
     const int chunk = chunks % (kWarpsInTeam * tiling.chunks);       // of all warps
     const int slice = chunks / (kWarpsInTeam * tiling.chunks);
     for (int m = 0; m < 2; ++m)
-      store_words(given.packed + (int64_t(piece) * 2 + m) * kLanes + lane,
-                  packed<kOperands, kForward>(given.weight_hh, p.H, tiling.padded,
-                                              slice * row_tiles + tile, chunk, lane, m));
+      store_words(
+          given.packed + (int64_t(piece) * 2 + m) * kLanes + lane,
+          packed<kOperands, kPass>(given.weight_hh, p.H, tiling, slice, tile, chunk, lane, m));
   }
 
   // As operand() leaves them: no NaN of the user's may look like kNotYet.
@@ -106,8 +114,8 @@ const char* launch_pack(const Plan& plan, const PackParams& params, Stream strea
   const int64_t work = std::max<int64_t>(params.words, int64_t(params.B) * params.H);
   const int blocks = int(std::min<int64_t>((work + 255) / 256, 1024)) * params.directions;
   const Grid grid{blocks, 256, 0, false};
-  return plan.pass == kForward ? launch(pack_kernel<kOperands, true>, grid, stream, params)
-                               : launch(pack_kernel<kOperands, false>, grid, stream, params);
+  return plan.pass == kForward ? launch(pack_kernel<kOperands, kForward>, grid, stream, params)
+                               : launch(pack_kernel<kOperands, kBackward>, grid, stream, params);
 }
 
 template <class Params>

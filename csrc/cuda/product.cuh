@@ -6,7 +6,8 @@
 // order of our own, which the packed weights follow (prepare.cu). In words of 4 bytes, within the
 // chunk:
 //   weights, tensor cores  register r of mma m in lane 4g + q: row g + 8 (r & 1), word 4q + 2m + r/2
-//   weights, plain fp32    word r of half m in lane l: row l % 16, word 8 (l / 16) + 4m + r
+//   weights, plain fp32    word r of part m in lane Gk + g: entry 4m + r of (16 / G, G / 2), its
+//                          rows g, g + G, ... and its words from k G / 2 on; G is kRowLanes
 //   states                 word w in lane 4g + q: batch row g, word 4q + w
 #pragma once
 
@@ -14,25 +15,42 @@
 
 namespace fused_lstm::cuda {
 
+// Plain fp32: the lanes among which a tile's 16 rows are shared out; the others have the same rows
+// of other words. The fewer, the less is read of the states from shared memory for each product,
+// which took most of the time, and the more sums are added up across lanes at the end: forward a
+// lane has 2 rows of each tile and 4 words of a chunk, backward 4 rows and 2 words.
+template <Pass kPass>
+constexpr int kRowLanes = kPass == kForward ? 8 : 4;
+
 // Which row of 16 and which word of the chunk lane `lane` holds in word r of part m.
-template <Operands kOperands>
+template <Operands kOperands, Pass kPass>
 FUSED_LSTM_DEVICE void weight_position(int lane, int m, int r, int& row, int& word) {
   if constexpr (kOperands == kF32) {
-    row = lane % 16;
-    word = lane / 16 * 8 + 4 * m + r;
+    constexpr int kLanesOfRows = kRowLanes<kPass>, kWords = kLanesOfRows / 2;
+    row = lane % kLanesOfRows + (4 * m + r) / kWords * kLanesOfRows;
+    word = lane / kLanesOfRows * kWords + (4 * m + r) % kWords;
   } else {
     row = lane / 4 + 8 * (r & 1);
     word = lane % 4 * 4 + 2 * m + r / 2;
   }
 }
 
+// Which gate of which of a block's units row `row` of its tile `tile` is, forward: two tiles of 16
+// are gates i and f, then g and o, of 8 units; where their number is odd the last one is all gates
+// of 4.
+FUSED_LSTM_DEVICE void unit_of_row(int tiles, int tile, int row, int& gate, int& unit) {
+  const bool alone = tile == tiles - 1 && tile % 2 == 0;
+  gate = row / 8 + (alone ? row % 2 : tile % 2) * 2;
+  unit = tile / 2 * 8 + (alone ? row % 8 / 2 : row % 8);
+}
+
 // --- sums ----------------------------------------------------------------------------------------
 
 // (16 MT, 8 NT) sums in the lanes of a warp. each(put) hands each lane's own out one by one;
-// each_unit(put), where tiles of 16 rows are gates i and f, then g and o, of 8 units (forward), the
-// four of one cell at a time: 16 bytes for one store. Scalar stores of them met in 8 of the 32
-// banks and took four times as long. kChains sums for each tile, which chunks add to in turn: an
-// mma takes about 25 cycles, and one can start every few.
+// each_unit(put), where rows are gates (forward, see unit_of_row), the four of one cell at a time:
+// 16 bytes for one store. Scalar stores of them met in 8 of the 32 banks and took four times as
+// long. kChains sums for each tile, which chunks add to in turn: an mma takes about 25 cycles, and
+// one can start every few.
 template <Operands kOperands, int MT, int NT, int kChains>
 class Sums {  // on the tensor cores
  public:
@@ -108,86 +126,6 @@ class Sums {  // on the tensor cores
   float sum_[MT][NT][kChains][4];
 };
 
-template <int MT, int NT, int kChains>
-class Sums<kF32, MT, NT,
-           kChains> {  // plain multiplications: a lane has one row and half of each chunk
- public:
-  FUSED_LSTM_DEVICE void clear() {
-#pragma unroll
-    for (int mt = 0; mt < MT; ++mt)
-#pragma unroll
-      for (int n = 0; n < 8 * NT; ++n) sum_[mt][n] = 0;
-  }
-
-  // `rows` are the batch rows' parts of this chunk in shared memory, `stride` bytes apart.
-  template <class Weight>
-  FUSED_LSTM_DEVICE void add(const Weight& weight, const char* rows, int stride) {
-    const char* half = rows + thread_index() % kLanes / 16 * 32;
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      Words a[MT];
-#pragma unroll
-      for (int mt = 0; mt < MT; ++mt) a[mt] = weight(mt, m);
-#pragma unroll
-      for (int n = 0; n < 8 * NT; ++n) {
-        const Words state = load_words(half + n * stride + 16 * m);
-#pragma unroll
-        for (int r = 0; r < 4; ++r)
-#pragma unroll
-          for (int mt = 0; mt < MT; ++mt)
-            sum_[mt][n] += bits_float(a[mt].word[r]) * bits_float(state.word[r]);
-      }
-    }
-  }
-
-  template <class Put>
-  FUSED_LSTM_DEVICE void each(Put put) const {
-    const int lane = thread_index() % kLanes;
-#pragma unroll
-    for (int mt = 0; mt < MT; ++mt)
-#pragma unroll
-      for (int nt = 0; nt < NT; ++nt)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          put(mt, lane % 16, 8 * nt + i + (lane >= 16 ? 4 : 0), sum(mt, nt, i));
-  }
-
-  // A lane has one gate of each tile: of two rows n, it gives its neighbour's for what it lacks of
-  // its own.
-  template <class Put>
-  FUSED_LSTM_DEVICE void each_unit(Put put) const {
-    const int lane = thread_index() % kLanes;
-    const bool first = lane % 16 < 8;  // has gates i and g, the other f and o
-#pragma unroll
-    for (int mu = 0; mu < MT / 2; ++mu)
-#pragma unroll
-      for (int nt = 0; nt < NT; ++nt)
-#pragma unroll
-        for (int i = 0; i < 4; i += 2) {
-          Words gates;
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const float even = sum(2 * mu + half, nt, i), odd = sum(2 * mu + half, nt, i + 1);
-            const float other = shuffle_xor(first ? odd : even, 8);
-            gates.word[2 * half] = float_bits(first ? even : other);
-            gates.word[2 * half + 1] = float_bits(first ? other : odd);
-          }
-          put(mu, lane % 8, 8 * nt + i + (first ? 0 : 1) + (lane >= 16 ? 4 : 0), gates);
-        }
-  }
-
- private:
-  // Of row 8 nt + i in the lower half of the warp, of the fourth from there in the upper.
-  FUSED_LSTM_DEVICE float sum(int mt, int nt, int i) const {
-    const bool upper = thread_index() % kLanes >= 16;
-    const float low = sum_[mt][8 * nt + i], high = sum_[mt][8 * nt + 4 + i];
-    const float other = shuffle_xor(upper ? low : high, 16);
-    return (upper ? high : low) + other;
-  }
-
-  float sum_[MT][8 * NT];
-};
-
 // --- weights -------------------------------------------------------------------------------------
 
 // A warp's weights: chunks below RT in registers, the next in shared memory, and what that does not
@@ -248,24 +186,15 @@ FUSED_LSTM_DEVICE void multiply(Sums<kOperands, MT, NT, kChains>& sums,
   using W = Weights<MT, RT>;
   constexpr int kAhead = states.kAhead;
   const int chunks = weights.chunks;
-  const auto add = [&](int slot, int j, const auto& weight) {
-    if constexpr (kOperands == kF32) {
-      int stride;
-      const char* rows = states.in_shared_memory(j, state[slot], stride);
-      sums.add(weight, rows, stride);
-    } else {
-      sums.add(slot, weight, state[slot]);
-    }
-  };
   // Of a chunk that registers do not hold.
   const auto add_far = [&](int slot, int j) {
     // Read anew for tiles of 8 rows only: with 16 there are no registers for it (plan.cpp).
     if (NT > 1 || j < RT + tiling.shared_chunks) {
       const char* const chunk = shared_memory() + W::shared_here(tiling) + (j - RT) * W::kChunk;
-      add(slot, j, [&](int mt, int m) { return W::load(chunk, mt, m); });
+      sums.add(slot, [&](int mt, int m) { return W::load(chunk, mt, m); }, state[slot]);
     } else {
       const char* const chunk = W::packed_here(packed, tiling) + j * W::kChunk;
-      add(slot, j, [&](int mt, int m) { return W::load(chunk, mt, m); });
+      sums.add(slot, [&](int mt, int m) { return W::load(chunk, mt, m); }, state[slot]);
     }
   };
   // The chunks of a group set out together, after the last product of the group before: all loads
@@ -276,7 +205,7 @@ FUSED_LSTM_DEVICE void multiply(Sums<kOperands, MT, NT, kChains>& sums,
 #pragma unroll
     for (int i = 0; i < kAhead; ++i)
       if (first + i < RT && first + i < chunks)
-        add(i, first + i, [&](int mt, int m) { return weights.kept[first + i][mt][m]; });
+        sums.add(i, [&](int mt, int m) { return weights.kept[first + i][mt][m]; }, state[i]);
     if (first + kAhead > RT && chunks > RT)
 #pragma unroll
       for (int i = 0; i < kAhead; ++i)

@@ -31,7 +31,7 @@ class Patience {
 // 4 H / 8 columns, all of them up to H 1024 in 16 bits.
 template <Operands kOperands, int MT, int NT>
 constexpr int chunks_ahead() {
-  if (kOperands == kF32) return MT == 1 ? 4 : 3;
+  if (kOperands == kF32) return MT == 1 ? 16 : MT < 4 ? 8 : 4;
   if (MT == 1) return NT == 1 ? 16 : 6;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900  // whose addresses take more registers
   if (NT == 2) return 2;
@@ -54,13 +54,13 @@ struct PublishedStates {
   static constexpr int kAhead = chunks_ahead<kOperands, MT, NT>();
   const char* all;
   Aim<NT> aim;
-  char* stage;  // kF32: (2, 8 NT, 64 bytes) of this warp in shared memory
-  int first;    // of this lane's part of its rows, counted in 16 bytes
+  char* stage_at;  // kF32: (kStagedChunks, 8 NT, 64 bytes) of this warp in shared memory
+  int first;       // of this lane's part of its rows, counted in 16 bytes
 
   FUSED_LSTM_DEVICE PublishedStates(const void* published, const Tiling& tiling, char* shared) {
     const int lane = thread_index() % kLanes, warp = thread_index() / kLanes;
     all = static_cast<const char*>(published);
-    stage = shared + tiling.states + warp * 2 * 8 * NT * kChunkBytes;
+    stage_at = shared + tiling.states + warp * kStagedChunks * kStagedChunk;
     first = warp * tiling.chunks * (kChunkBytes / 16) + lane % 4;
   }
 
@@ -122,16 +122,21 @@ struct PublishedStates {
     }
   }
 
-  FUSED_LSTM_DEVICE const char* in_shared_memory(int j, const Words (&state)[NT],
-                                                 int& stride) const {
+  static constexpr int kStagedChunk = 8 * NT * kChunkBytes;
+
+  // Puts kStagedChunks chunks of those that are there, from slot `first` on, into shared memory in
+  // the place of those before, and says where.
+  FUSED_LSTM_DEVICE const char* stage(int first, const Words (&state)[kAhead][NT]) const {
     const int lane = thread_index() % kLanes;
-    char* copy = stage + (j & 1) * 8 * NT * kChunkBytes;  // the other one may still be read
+    warp_barrier();  // until no lane reads those before
 #pragma unroll
-    for (int nt = 0; nt < NT; ++nt)
-      store_words(copy + (8 * nt + lane / 4) * kChunkBytes + lane % 4 * 16, state[nt]);
+    for (int i = 0; i < kStagedChunks; ++i)
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt)
+        store_words(stage_at + i * kStagedChunk + nt * 8 * kChunkBytes + lane * 16,
+                    state[first + i][nt]);
     warp_barrier();
-    stride = kChunkBytes;
-    return copy;
+    return stage_at;
   }
 
  private:

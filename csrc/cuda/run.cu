@@ -11,6 +11,7 @@ size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 Tiling tiling_of(const Plan& plan, int H) {
   Tiling t{};
   t.slices = plan.slices;
+  t.units = plan.units;
   t.groups = plan.groups;
   t.tiles = plan.tiles;
   t.row_tiles = row_tiles(plan);
