@@ -138,6 +138,21 @@ def test_persistent_kernels(emulation: Emulation, case: Case, operands: str, see
     check(emulation, case, operands, chosen)
 
 
+# Teams with tiles of 32 rows: one, two, and two of 16 where shared memory has no room for 32.
+@pytest.mark.parametrize("operands", ["bf16", "f16", "tf32"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(Options(H=19, T=4, B=29), 2),
+        Case(Options(H=27, T=4, B=47, kind="packed", bidirectional=True), 4),
+        Case(Options(H=17, T=3, B=31), 2, shared_kb=100),
+    ],
+    ids=str,
+)
+def test_tiles_of_many_rows(emulation: Emulation, case: Case, operands: str, seed: int) -> None:
+    check(emulation, case, operands, schedules(3, seed))
+
+
 # Blocks of 12 units, and of 8: the last block of a team has fewer.
 @pytest.mark.parametrize(
     "case",

@@ -14,9 +14,8 @@ pytestmark = pytest.mark.timeout(600)
 ARCHITECTURES = ["80", "90a"]
 # Polled loads of a group: chunks in flight (product.cuh) times tiles of 8 rows.
 TOGETHER = {"forward_kernel kF16 16 8": 4, "forward_kernel kF16 16 16": 8,
+            "forward_kernel kF16 16 32": 8,
             "backward_kernel kF16 8": 16, "backward_kernel kF16 16": 12}  # fmt: skip
-
-
 CODE_KEPT = 128 << 10  # bytes of instructions that a multiprocessor keeps
 
 
@@ -38,11 +37,11 @@ def kernels(request: pytest.FixtureRequest) -> list[Kernel]:
 
 
 def test_partial_sums_are_stored_whole(kernels: list[Kernel]) -> None:
-    """Forward: what is stored by 4 bytes is c and nothing else."""
+    """Forward: what is stored by 4 bytes is c, of one cell or two, and nothing else."""
     for kernel in kernels:
         if kernel.name.startswith("forward"):
             stores = kernel.opcodes("STS")
-            assert stores["STS"] == 1, kernel.name
+            assert stores["STS"] == (2 if kernel.name.endswith("32") else 1), kernel.name
             assert stores["STS.128"] >= 2, kernel.name
 
 

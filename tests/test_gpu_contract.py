@@ -336,6 +336,7 @@ EDGES = {
     "8 units a block": ("H", " 8 units", {}),
     "12 units a block": ("H", " 12 units", {}),
     "8 rows a tile": ("B", " 8 rows", {"H": 512}),
+    "16 rows a tile": ("B", " 16 rows", {"H": 512}),
     "one tile": ("B", " 1 tile ", {"H": 512}),
     "most tiles": ("B", "persistent", {"H": 512}),
     "fewest steps": ("T", "persistent", {"H": 512}),

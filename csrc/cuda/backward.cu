@@ -249,7 +249,7 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
   const BackwardTask& first = params.direction[place.direction];
   char* const shared = cells.shared;
 
-  Weights<1, kRegisterChunks<kBackward, kOperands, kMostUnits>> weights;
+  Weights<1, kRegisterChunks<kBackward, kOperands, kMostUnits, Cells::kRows>> weights;
   weights.load(first.weights, tiling, shared);
   cells.begin();
 

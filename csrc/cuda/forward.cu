@@ -11,8 +11,8 @@
 // for more than the words that its lanes multiply. Row b of `states` is h_0, row B + r the h of
 // packed row r, so that no word is written twice.
 //
-// With tiles of 8 rows half of the threads or less have cells, and as many others serve them: it loads x,
-// hands over what the sums begin with, and saves what the cells found. One thread's instructions
+// With tiles of 8 rows at most half of the threads have cells, and as many serve these: they load
+// x, hand over what the sums begin with, and save what the cells found. One thread's instructions
 // follow each other at some 7 cycles each, and others wait for those between the last product and
 // the publication, and between that and the next look at what others have published.
 //
@@ -115,21 +115,23 @@ struct Handed {
   }
 };
 
-// A thread's cell in each tile, or that of the thread that it serves.
+// A thread's cells in each tile, or those of the thread that it serves: one, or with 32 rows two,
+// of units 8 apart, whose chains run beside each other.
 template <Operands kOperands, int kUnits, int NT>
 struct Cells {
   using S = Storage<kOperands>;
   using T = typename S::Type;
-  using X = T[4];  // x W_ih^T of the cell
   static constexpr int kRows = 8 * NT;
-  static constexpr int kCount = kUnits * kRows;  // and as many threads that have one
+  static constexpr int kCount = kUnits * kRows, kThreads = kCellThreads<kCount>;
+  static constexpr int kEach = kCount / kThreads;  // of a thread that has cells
+  using X = T[kEach][4];                           // x W_ih^T of the cells
   static constexpr bool kServed = kIsServed<kRows>;
 
   const ForwardParams& params;
   const Place place;
   char* const shared;
   const bool owner, serves;
-  CellPlace<kUnits, NT> own;
+  CellPlace<kUnits, NT> own;  // of the first
   const Handed handed;
   int unsaved = -1;  // the row whose cell the other half has handed over
 
@@ -141,6 +143,9 @@ struct Cells {
         serves(kServed && thread_index() / kCount == 1),
         own(thread_index() % kCount, place.slice, of.extent.H),
         handed(shared + of.tiling.handed, kCount, thread_index() % kCount) {}
+
+  FUSED_LSTM_DEVICE int unit(int k) const { return own.unit + 8 * k; }
+  FUSED_LSTM_DEVICE bool real(int k) const { return unit(k) < params.extent.H; }
 
   // Looked up anew at each use: see `opaque`.
   FUSED_LSTM_DEVICE const ForwardTask& task() const {
@@ -176,9 +181,10 @@ struct Cells {
     }
     for (int tile = 0; owner && tile < params.tiling.tiles; ++tile) {
       const int b = (tile * params.tiling.groups + place.group) * kRows + own.row;
-      const bool here = own.real && b < params.extent.B;
-      store_element(states() + tile * kCount + thread,
-                    here ? S::load(row_of(static_cast<const T*>(given.c_0), b, H)[own.unit]) : 0);
+      const T* const c_0 = row_of(static_cast<const T*>(given.c_0), b, H);
+      for (int k = 0; k < kEach; ++k)
+        store_element(states() + tile * kCount + k * kThreads + thread,
+                      real(k) && b < params.extent.B ? S::load(c_0[unit(k)]) : 0);
     }
   }
 
@@ -187,59 +193,76 @@ struct Cells {
     if (!own.real || b >= turn.now.count) return;
     const T* gates = row_of(static_cast<const T*>(task().given.gates), turn.now.first + b, 4 * H);
 #pragma unroll
-    for (int gate = 0; gate < 4; ++gate) x[gate] = load_element(gates + gate * H + own.unit);
+    for (int k = 0; k < kEach; ++k)
+      if (k == 0 || real(k))
+#pragma unroll
+        for (int gate = 0; gate < 4; ++gate) x[k][gate] = load_element(gates + gate * H + unit(k));
   }
 
-  FUSED_LSTM_DEVICE void begin_sums(const X& x, const Turn& turn, float (&sum)[4]) const {
-    floats_of(load_words(biases() + 8 * own.mu + own.u), sum);
-    const bool active = own.real && turn.row_0 + own.row < turn.now.count;
+  // Of the k-th cell.
+  FUSED_LSTM_DEVICE void begin_sums(const T (&x)[4], const Turn& turn, int k,
+                                    float (&sum)[4]) const {
+    floats_of(load_words(biases() + 8 * (own.mu + k) + own.u), sum);
+    const bool active = real(k) && turn.row_0 + own.row < turn.now.count;
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate) sum[gate] += active ? S::load(x[gate]) : 0;
   }
 
   FUSED_LSTM_DEVICE void hand_sums(const X& x, const Turn& turn, int copy) const {
     float sum[4];
-    begin_sums(x, turn, sum);
+    begin_sums(x[0], turn, 0, sum);
     handed.put(copy, sum);
   }
 
   // Into L2: one unit of eight does it for all of them, their cells lie in the same sectors.
   FUSED_LSTM_DEVICE void look_ahead(const ForwardTask& task, const Turn& turn,
                                     const Walk& walk) const {
-    if ((kServed ? serves : owner) && own.real && own.u == 0)
-      prefetch_cell<T>(params, task, walk.rows(turn.s + kStepsPrefetched), turn.row_0 + own.row,
-                       own.unit);
+    if (!(kServed ? serves : owner) || own.u != 0) return;
+#pragma unroll
+    for (int k = 0; k < kEach; ++k)
+      if (real(k))
+        prefetch_cell<T>(params, task, walk.rows(turn.s + kStepsPrefetched), turn.row_0 + own.row,
+                         unit(k));
   }
 
-  // One tile's cells, from the warps' partial sums.
+  // A thread's cells in one tile, from the warps' partial sums.
   FUSED_LSTM_DEVICE void update(const ForwardTask& task, const Turn& turn, const X& x,
                                 const Words* partials, int copy, bool more) {
     const int b = turn.row_0 + own.row, r = turn.now.first + b;
-    const bool in_step = own.real && b < turn.now.count;
-    float sum[4];
-    if (kServed)
-      handed.take(copy, sum);
-    else
-      begin_sums(x, turn, sum);
-    gather(sum, partials + partial_sum_of<kUnits, NT>(own.mu, own.u, own.row), kCount);
     float* const c = states() + turn.tile * kCount + thread_index();
-    Cell<float> found = update_cell<sizeof(T) == 2>(sum, load_element(c));
-    if (!own.real) found.h = 0;
-    // First what others wait for. Columns beyond H, up to the row's end, are read too.
-    publish_state<T>(row_of(task.states, params.extent.B + r, params.states_stride), own.unit,
-                     operand<kOperands>(found.h),
-                     b < turn.now.count && own.unit * int(sizeof(T)) < params.states_stride);
-    if (!in_step) return;
-    store_element(c, found.c);
-    if (b >= turn.after.count) {  // the row's last step
-      const ForwardDirection& to = task.given;
-      row_of(static_cast<T*>(to.h_n), b, params.extent.H)[own.unit] = S::store(found.h);
-      row_of(static_cast<T*>(to.c_n), b, params.extent.H)[own.unit] = S::store(found.c);
+    Cell<float> found[kEach];
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) {
+      float sum[4];
+      if (kServed)
+        handed.take(copy, sum);
+      else
+        begin_sums(x[k], turn, k, sum);
+      gather(sum, partials + partial_sum_of<kUnits, NT>(own.mu + k, own.u, own.row), kCount);
+      found[k] = update_cell<sizeof(T) == 2>(sum, load_element(c + k * kThreads));
+      if (!real(k)) found[k].h = 0;
     }
-    if (kServed && more)
-      handed.put(copy, found);
-    else
-      save_cell(r, found);
+    // First what others wait for. Columns beyond H, up to the row's end, are read too.
+#pragma unroll
+    for (int k = 0; k < kEach; ++k)
+      publish_state<T>(row_of(task.states, params.extent.B + r, params.states_stride), unit(k),
+                       operand<kOperands>(found[k].h),
+                       b < turn.now.count && unit(k) * int(sizeof(T)) < params.states_stride);
+    if (b >= turn.now.count) return;
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) {
+      if (!real(k)) return;
+      store_element(c + k * kThreads, found[k].c);
+      if (b >= turn.after.count) {  // the row's last step
+        const ForwardDirection& to = task.given;
+        row_of(static_cast<T*>(to.h_n), b, params.extent.H)[unit(k)] = S::store(found[k].h);
+        row_of(static_cast<T*>(to.c_n), b, params.extent.H)[unit(k)] = S::store(found[k].c);
+      }
+      if (kServed && more)
+        handed.put(copy, found[k]);
+      else
+        save_cell(r, k, found[k]);
+    }
   }
 
   // What these threads' cells found in the tile before, and what they begin the next one with.
@@ -249,15 +272,15 @@ struct Cells {
     if (unsaved >= 0) {
       Cell<float> found;
       handed.take(copy ^ 1, found);
-      save_cell(unsaved, found);
+      save_cell(unsaved, 0, found);
     }
     const int b = turn.row_0 + own.row;
     unsaved = own.real && b < turn.now.count ? turn.now.first + b : -1;
     if (more) hand_sums(x, following, copy ^ 1);
   }
 
-  FUSED_LSTM_DEVICE void save_cell(int r, const Cell<float>& of) const {
-    save<S>(task().given, params.save, r, params.extent.H, own.unit, of);
+  FUSED_LSTM_DEVICE void save_cell(int r, int k, const Cell<float>& of) const {
+    save<S>(task().given, params.save, r, params.extent.H, unit(k), of);
   }
 };
 
@@ -272,7 +295,7 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
   const ForwardTask& first = params.direction[place.direction];
   char* const shared = cells.shared;
 
-  Weights<MT, kRegisterChunks<kForward, kOperands, kUnits>> weights;
+  Weights<MT, kRegisterChunks<kForward, kOperands, kUnits, Cells::kRows>> weights;
   weights.load(first.weights, tiling, shared);
   cells.begin();
   block_barrier();
@@ -342,6 +365,7 @@ ForwardKernel forward_kernel_for(const Plan& plan) {
     if (plan.units == 8) return forward_kernel<kOperands, 8, 1>;
     if (plan.units == 12) return forward_kernel<kOperands, 12, 1>;
   } else {
+    if (plan.tile_rows == 32) return forward_kernel<kOperands, kMostUnits, 4>;
     if (plan.tile_rows == 16) return forward_kernel<kOperands, kMostUnits, 2>;
   }
   return forward_kernel<kOperands, kMostUnits, 1>;

@@ -118,6 +118,10 @@ struct Place {
   }
 };
 
+// Threads of a block that have cells of their own, where it has so many cells.
+template <int kCells>
+constexpr int kCellThreads = kCells < 32 * kWarpsInTeam ? kCells : 32 * kWarpsInTeam;
+
 // A thread's cell, in a block with so many units: one of these, and the same row of each tile.
 template <int kUnits, int NT>
 struct CellPlace {

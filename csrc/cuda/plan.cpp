@@ -35,7 +35,8 @@ void lay_out_shared_memory(Plan& p, int shared_chunks) {
 // As many of the chunks that registers don't hold as go into shared memory.
 void share_out_weights(Plan& p, const Device& device) {
   const int chunk = row_tiles(p) * kWarpsInTeam * kFragmentBytes;
-  const int rest = std::max(0, p.chunks - register_chunks(p.pass, p.operands, p.units));
+  const int rest =
+      std::max(0, p.chunks - register_chunks(p.pass, p.operands, p.units, p.tile_rows));
   lay_out_shared_memory(p, 0);
   const int room = std::max(0, device.shared_bytes - p.shared_bytes) / chunk;
   lay_out_shared_memory(p, std::min(rest, room));
@@ -59,10 +60,12 @@ Plan cut(Plan p, const Device& device, int B, int H, int columns, int units) {
     p.tiles = ceil_div(all_tiles, p.groups);
     share_out_weights(p, device);
   };
-  const bool wide = p.operands != kF32 && ceil_div(B, 8) > most_groups;
-  cut_batch(wide ? 16 : 8);
-  // The kernels for 16 rows have no registers left for weights from L2.
-  if (p.streamed_bytes > 0 && wide) cut_batch(8);
+  int tile_rows = most_tile_rows(p.pass, p.operands);
+  while (tile_rows > 8 && ceil_div(B, tile_rows / 2) <= most_groups) tile_rows /= 2;
+  cut_batch(tile_rows);
+  // The kernels for more than 8 rows have no registers left for weights from L2.
+  while (p.tile_rows > 8 && (p.streamed_bytes > 0 || p.shared_bytes > device.shared_bytes))
+    cut_batch(p.tile_rows / 2);
   if (p.tiles > kMostTiles)
     return refuse(p, "B gives each team more than " + std::to_string(kMostTiles) + " tiles a step");
   if (p.shared_bytes > device.shared_bytes)

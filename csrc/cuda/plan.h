@@ -40,12 +40,13 @@ inline int weight_chunks(Operands operands, int columns) {
 // thread needs among its 255 registers: what is in flight of the states too, which backward is a
 // team's whole share up to H 1024 in 16 bits (published.cuh). nvcc's report decides: nothing may
 // spill.
-constexpr int register_chunks(Pass pass, Operands operands, int units) {
+constexpr int register_chunks(Pass pass, Operands operands, int units, int tile_rows) {
   if (operands == kF32) return pass == kBackward ? 8 : units == 8 ? 4 : 2;
+  if (tile_rows == 32) return pass == kBackward ? 8 : 2;
   return pass == kBackward ? 12 : 4;
 }
-template <Pass kPass, Operands kOperands, int kUnits>
-constexpr int kRegisterChunks = register_chunks(kPass, kOperands, kUnits);
+template <Pass kPass, Operands kOperands, int kUnits, int kTileRows>
+constexpr int kRegisterChunks = register_chunks(kPass, kOperands, kUnits, kTileRows);
 
 // Hidden units of a block of a team: 16, the rows of a tile of weights. Plain fp32 multiplications
 // take longer than all else in a step, so forward fewer where a team's blocks then are more: 12 or
@@ -54,6 +55,12 @@ constexpr int kMostUnits = 16;
 constexpr int row_tiles(Pass pass, int units) { return pass == kBackward ? 1 : units / 4; }
 template <Pass kPass, int kUnits>
 constexpr int kRowTiles = row_tiles(kPass, kUnits);
+
+// Rows of the batch in a tile, at most: where the teams' tiles of 8 would be several in each step,
+// one of 16 or 32 has one chain of waits where they have several.
+constexpr int most_tile_rows(Pass pass, Operands operands) {
+  return operands == kF32 ? 8 : pass == kForward ? 32 : 16;
+}
 
 constexpr int kStagedChunks = 4;  // of states in shared memory at a time (plain_product.cuh)
 constexpr int kWarpsInTeam = 8;   // of a block of a team, which share its columns

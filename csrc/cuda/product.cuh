@@ -188,7 +188,7 @@ FUSED_LSTM_DEVICE void multiply(Sums<kOperands, MT, NT, kChains>& sums,
   const int chunks = weights.chunks;
   // Of a chunk that registers do not hold.
   const auto add_far = [&](int slot, int j) {
-    // Read anew for tiles of 8 rows only: with 16 there are no registers for it (plan.cpp).
+    // Read anew for tiles of 8 rows only: with more there are no registers for it (plan.cpp).
     if (NT > 1 || j < RT + tiling.shared_chunks) {
       const char* const chunk = shared_memory() + W::shared_here(tiling) + (j - RT) * W::kChunk;
       sums.add(slot, [&](int mt, int m) { return W::load(chunk, mt, m); }, state[slot]);
