@@ -50,7 +50,7 @@ class Instruction:
 
 @dataclass
 class Kernel:
-    name: str  # as "forward_kernel kF16 16 8": a block's units (forward) and the rows of a tile
+    name: str  # as "forward_kernel kF16 16 8": a block's units and the rows of a tile
     instructions: list[Instruction]
 
     @cached_property
@@ -150,11 +150,10 @@ LINE = re.compile(
 
 def read(text: str) -> Kernel | None:
     """One function of cuobjdump's output; None if it isn't one of the persistent kernels."""
-    title = re.match(r".*?(\w+_kernel)<.*Operands\)(\d),( \d+,)? (\d)>", text)
+    title = re.match(r".*?(\w+_kernel)<.*Operands\)(\d), (\d+), (\d)>", text)
     if not title:
         return None
-    units = (title[3] or "").rstrip(",")
-    name = f"{title[1]} {cuda_toolkit.OPERANDS[int(title[2])]}{units} {8 * int(title[4])}"
+    name = f"{title[1]} {cuda_toolkit.OPERANDS[int(title[2])]} {title[3]} {8 * int(title[4])}"
     instructions = []
     for address, words, upper in LINE.findall(text):
         opcode = re.sub(r"^@!?U?P\w+\s+", "", words).split()[0]

@@ -15,21 +15,23 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-# (H, operands, pass): wavefronts, of them bank conflicts, trips to L2, mma of a warp, barriers;
-# sectors of 32 bytes read and written by block 0. B 16, on an H100's 132 multiprocessors.
+# (H, B, operands, pass): wavefronts, of them bank conflicts, trips to L2, mma of a warp, barriers;
+# sectors of 32 bytes read and written by block 0. On an H100's 132 multiprocessors.
 HELD = {
-    (96, "f16", "forward"): (376, 0, 1, 8, 1, 112, 112),
-    (96, "f16", "backward"): (136, 0, 1, 4, 1, 304, 64),
-    (96, "tf32", "forward"): (376, 0, 1, 8, 1, 160, 112),
-    (96, "f32", "backward"): (648, 0, 1, 0, 1, 496, 64),
-    (512, "f16", "forward"): (376, 0, 1, 16, 1, 320, 112),
-    (512, "f16", "backward"): (136, 0, 1, 16, 1, 1136, 64),
-    (512, "tf32", "backward"): (392, 0, 1, 32, 1, 2160, 64),
-    (512, "f32", "forward"): (1340, 0, 1, 0, 1, 544, 56),
-    (768, "f32", "forward"): (2842, 0, 1, 0, 1, 832, 112),
-    (768, "f32", "backward"): (5000, 0, 2, 0, 1, 3184, 64),
-    (768, "f16", "forward"): (376, 0, 1, 24, 1, 448, 112),
-    (768, "f16", "backward"): (136, 0, 1, 24, 1, 1648, 64),
+    (96, 16, "f16", "forward"): (376, 0, 1, 8, 1, 112, 112),
+    (96, 16, "f16", "backward"): (136, 0, 1, 4, 1, 304, 64),
+    (96, 16, "tf32", "forward"): (376, 0, 1, 8, 1, 160, 112),
+    (96, 16, "f32", "backward"): (648, 0, 1, 0, 1, 496, 64),
+    (512, 16, "f16", "forward"): (376, 0, 1, 16, 1, 320, 112),
+    (512, 16, "f16", "backward"): (136, 0, 1, 16, 1, 1136, 64),
+    (512, 16, "tf32", "backward"): (392, 0, 1, 32, 1, 2160, 64),
+    (512, 16, "f32", "forward"): (1340, 0, 1, 0, 1, 544, 56),
+    (768, 16, "f32", "forward"): (2842, 0, 1, 0, 1, 832, 112),
+    (768, 16, "f32", "backward"): (5000, 0, 2, 0, 1, 3184, 64),
+    (512, 128, "f16", "forward"): (1120, 0, 1, 64, 1, 1280, 448),
+    (512, 128, "f16", "backward"): (800, 0, 1, 64, 1, 2496, 256),
+    (768, 16, "f16", "forward"): (376, 0, 1, 24, 1, 448, 112),
+    (768, 16, "f16", "backward"): (136, 0, 1, 24, 1, 1648, 64),
 }
 
 
@@ -39,9 +41,9 @@ def emulation(pytestconfig: pytest.Config) -> Emulation:
 
 
 @pytest.mark.parametrize("row", HELD, ids=lambda row: "-".join(map(str, row)))
-def test_a_step(emulation: Emulation, row: tuple[int, str, str]) -> None:
-    H, operands, pass_ = row
-    found = cuda_counts.step(emulation, pass_, operands, H)
+def test_a_step(emulation: Emulation, row: tuple[int, int, str, str]) -> None:
+    H, B, operands, pass_ = row
+    found = cuda_counts.step(emulation, pass_, operands, H, B)
     assert found
     names = ("mma", "barriers", "sectors_read", "sectors_written")
     held = found["wavefronts"], found.conflicts, found["trips"], *(found[name] for name in names)

@@ -138,7 +138,8 @@ def test_persistent_kernels(emulation: Emulation, case: Case, operands: str, see
     check(emulation, case, operands, chosen)
 
 
-# Teams with tiles of 32 rows: one, two, and two of 16 where shared memory has no room for 32.
+# Forward, teams with tiles of 32 rows: one, two, and two of 16 where shared memory has no room for
+# 32. Backward, the last two, blocks of 32 units: one tile for each team, and two for most of them.
 @pytest.mark.parametrize("operands", ["bf16", "f16", "tf32"])
 @pytest.mark.parametrize(
     "case",
@@ -146,6 +147,8 @@ def test_persistent_kernels(emulation: Emulation, case: Case, operands: str, see
         Case(Options(H=19, T=4, B=29), 2),
         Case(Options(H=27, T=4, B=47, kind="packed", bidirectional=True), 4),
         Case(Options(H=17, T=3, B=31), 2, shared_kb=100),
+        Case(Options(H=41, T=3, B=75), 10),
+        Case(Options(H=33, T=3, B=131, kind="packed", bidirectional=True), 20),
     ],
     ids=str,
 )
@@ -180,12 +183,19 @@ def test_weights_that_registers_do_not_hold(
     check(emulation, case, operands, [(seed, "warp ahead")])
 
 
+def test_no_tiles_of_many_rows_without_room(emulation: Emulation, seed: int) -> None:
+    """There would be fewer with 32 rows forward, and with 32 units a block backward; but their
+    kernels have no registers for weights that are read anew."""
+    case = Case(Options(H=300, T=3, B=33), multiprocessors=21, shared_kb=40)
+    check(emulation, case, "bf16", [(seed, "warp ahead")])
+
+
 @pytest.mark.parametrize("operands", ["bf16", "f16", "f32", "f64"])
 @pytest.mark.parametrize(
     "case",
     [
         Case(Options(H=17, T=2, B=3, bidirectional=True), persistent=False),
-        Case(Options(H=129, T=4, B=3), multiprocessors=8, persistent=False),
+        Case(Options(H=129, T=4, B=3), multiprocessors=4, persistent=False),
         Case(Options(H=33, T=3, B=65), multiprocessors=1, persistent=False),
         Case(Options(H=17, T=5, B=9, proj_size=5, bidirectional=True), persistent=False),
         Case(Options(H=9, T=5, B=9, proj_size=3, kind="packed", bias=False), persistent=False),

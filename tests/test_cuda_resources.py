@@ -23,29 +23,32 @@ pytestmark = [
 ]
 
 # Of each kernel, the most registers of a thread and KiB of shared memory of a block, on either
-# architecture; of the persistent ones for a block's units (forward) and the rows of a tile.
+# architecture; of the persistent ones for a block's units and the rows of a tile.
 # Registers as nvcc 13.0 counts them, rounded up to the 8 that they are handed out by; shared memory
 # as plan.cpp asks for at the sizes below.
 LIMITS: dict[str, tuple[int, int]] = {
-    "backward_kernel kBf16 16": (256, 56),
-    "backward_kernel kBf16 8": (256, 49),
-    "backward_kernel kF16 16": (256, 56),
-    "backward_kernel kF16 8": (256, 49),
-    "backward_kernel kF32 8": (256, 225),
-    "backward_kernel kTf32 16": (256, 180),
-    "backward_kernel kTf32 8": (256, 177),
+    "backward_kernel kBf16 16 16": (256, 56),
+    "backward_kernel kBf16 16 8": (256, 49),
+    "backward_kernel kBf16 32 16": (256, 212),
+    "backward_kernel kF16 16 16": (256, 56),
+    "backward_kernel kF16 16 8": (256, 49),
+    "backward_kernel kF16 32 16": (256, 212),
+    "backward_kernel kF32 16 8": (256, 225),
+    "backward_kernel kTf32 16 16": (256, 180),
+    "backward_kernel kTf32 16 8": (256, 177),
+    "backward_kernel kTf32 32 16": (256, 226),
     "backward_step_kernel": (64, 0),
-    "forward_kernel kBf16 16 16": (248, 73),
-    "forward_kernel kBf16 16 32": (248, 197),
+    "forward_kernel kBf16 16 16": (256, 73),
+    "forward_kernel kBf16 16 32": (256, 197),
     "forward_kernel kBf16 16 8": (256, 45),
-    "forward_kernel kF16 16 16": (248, 73),
-    "forward_kernel kF16 16 32": (248, 197),
+    "forward_kernel kF16 16 16": (256, 73),
+    "forward_kernel kF16 16 32": (256, 197),
     "forward_kernel kF16 16 8": (256, 45),
     "forward_kernel kF32 12 8": (248, 149),
     "forward_kernel kF32 16 8": (256, 225),
     "forward_kernel kF32 8 8": (256, 103),
-    "forward_kernel kTf32 16 16": (248, 197),
-    "forward_kernel kTf32 16 32": (248, 195),
+    "forward_kernel kTf32 16 16": (256, 197),
+    "forward_kernel kTf32 16 32": (256, 195),
     "forward_kernel kTf32 16 8": (256, 173),
     "forward_step_kernel": (64, 0),
     "pack_kernel": (64, 0),
@@ -70,10 +73,8 @@ int main() {
           for (int B : {1, 16, 128}) {
             const Plan p = plan(device, pass, operands, 1024, B, H, 1);
             if (!p.persistent) continue;
-            std::printf("%%s_kernel %%s ", pass == kForward ? "forward" : "backward",
-                        names[operands]);
-            if (pass == kForward) std::printf("%%d ", p.units);
-            std::printf("%%d %%d\\n", p.tile_rows, p.shared_bytes);
+            std::printf("%%s_kernel %%s %%d %%d %%d\\n", pass == kForward ? "forward" : "backward",
+                        names[operands], p.units, p.tile_rows, p.shared_bytes);
           }
 }
 """
@@ -107,9 +108,8 @@ class Kernel:
         function, arguments = found[1], found[2] or ""
         if function not in ("forward_kernel", "backward_kernel"):
             return function
-        operands, units, tiles = re.findall(r"Operands\)(\d),( \d+,)? (\d)", arguments)[0]
-        words = [function, cuda_toolkit.OPERANDS[int(operands)]]
-        return " ".join([*words, *([units[1:-1]] if units else []), str(8 * int(tiles))])
+        operands, units, tiles = re.findall(r"Operands\)(\d), (\d+), (\d)", arguments)[0]
+        return f"{function} {cuda_toolkit.OPERANDS[int(operands)]} {units} {8 * int(tiles)}"
 
 
 REPORT = re.compile(

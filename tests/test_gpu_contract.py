@@ -335,6 +335,7 @@ EDGES = {
     "largest": ("H", "persistent", {}),
     "8 units a block": ("H", " 8 units", {}),
     "12 units a block": ("H", " 12 units", {}),
+    "32 units a block": ("B", " 32 units", {"H": 512}),
     "8 rows a tile": ("B", " 8 rows", {"H": 512}),
     "16 rows a tile": ("B", " 16 rows", {"H": 512}),
     "one tile": ("B", " 1 tile ", {"H": 512}),

@@ -5,7 +5,7 @@
 //   dgates_t, dc_{t-1} from dh_t, dc_t and what was saved
 //
 // The steps run against the direction's own order; "before" and "after" below mean this order. A
-// block has 16 hidden units and multiplies with the columns of W_hh that belong to them, tile_rows
+// block has 16 or 32 hidden units and multiplies with the columns of W_hh that belong to them, tile_rows
 // rows of the batch at a time; the warps share the 4H gates that are summed over. Weights lie, and
 // partial sums meet, as in forward.cu; dc stays in shared memory from step to step in fp32. dgates
 // go to global memory, and that is what the blocks poll in the next step: it is filled with kNotYet
@@ -31,7 +31,7 @@ template <int NT>
 FUSED_LSTM_DEVICE int partial_sum_of(int unit, int n) {
   const int turn = unit / 4 % 2,
             place = (n ^ turn) % 2 * 8 + n / 2 % 2 * 4 + (n / 4 ^ turn) % 2 * 16;
-  return ((n / 8 * 2 + unit / 8) * 2 + n % 2) * 32 + place + unit % 4;
+  return (((unit / 16 * NT + n / 8) * 2 + unit / 8 % 2) * 2 + n % 2) * 32 + place + unit % 4;
 }
 
 // What one cell's gradient takes, loaded a tile ahead.
@@ -119,24 +119,25 @@ struct Handed {
   }
 };
 
-// A thread's cell in each tile, or that of the thread that it serves: see forward.cu.
-template <Operands kOperands, int NT>
+// A thread's cells in each tile, or that of the thread that it serves: see forward.cu.
+template <Operands kOperands, int kUnits, int NT>
 struct Cells {
   using S = Storage<kOperands>;
   using T = typename S::Type;
   static constexpr int kRows = 8 * NT;
-  static constexpr int kCount = kMostUnits * kRows;
+  static constexpr int kCount = kUnits * kRows, kThreads = kCellThreads<kCount>;
+  static constexpr int kEach = kCount / kThreads;  // of a thread that has cells
   static constexpr bool kServed = kIsServed<kRows>;
 
   const BackwardParams& params;
   const Place place;
   char* const shared;
-  const bool owner, works;  // works: prepares cells, its own or those that it serves
-  CellPlace<kMostUnits, NT> own;
+  const bool owner, works;    // works: prepares cells, its own or those that it serves
+  CellPlace<kUnits, NT> own;  // of the first
   const Handed handed;
-  Saved<T> saved;
-  CellSlopes<float> slopes = {};
-  float dh_given = 0;
+  Saved<T> saved[kEach];
+  CellSlopes<float> slopes[kEach] = {};
+  float dh_given[kEach] = {};
 
   FUSED_LSTM_DEVICE explicit Cells(const BackwardParams& of)
       : params(of),
@@ -148,6 +149,9 @@ struct Cells {
         handed{reinterpret_cast<Words*>(shared + of.tiling.handed), kCount,
                thread_index() % kCount} {}
 
+  FUSED_LSTM_DEVICE int unit(int k) const { return own.unit + k * kThreads / kRows; }
+  FUSED_LSTM_DEVICE bool real(int k) const { return unit(k) < params.extent.H; }
+
   FUSED_LSTM_DEVICE const BackwardTask& task() const {
     return params.direction[opaque(place.direction)];
   }
@@ -157,9 +161,8 @@ struct Cells {
 
   // See forward.cu.
   FUSED_LSTM_DEVICE void find_again() {
-    if (kOperands == kF32)
-      own =
-          CellPlace<kMostUnits, NT>(opaque(thread_index()) % kCount, place.slice, params.extent.H);
+    if (kOperands == kF32 || kEach > 1)
+      own = CellPlace<kUnits, NT>(opaque(thread_index()) % kCount, place.slice, params.extent.H);
   }
 
   // grad_c_n into shared memory.
@@ -167,93 +170,121 @@ struct Cells {
     const BackwardDirection& given = params.direction[place.direction].given;
     for (int tile = 0; owner && tile < params.tiling.tiles; ++tile) {
       const int b = (tile * params.tiling.groups + place.group) * kRows + own.row;
-      const bool here = given.grad_c_n && own.real && b < params.extent.B;
-      const T* const grad_c_n = static_cast<const T*>(given.grad_c_n);
-      store_element(gradients() + tile * kCount + thread_index(),
-                    here ? S::load(row_of(grad_c_n, b, params.extent.H)[own.unit]) : 0);
+      const T* const grad_c_n = row_of(static_cast<const T*>(given.grad_c_n), b, params.extent.H);
+      for (int k = 0; k < kEach; ++k) {
+        const bool here = given.grad_c_n && real(k) && b < params.extent.B;
+        store_element(gradients() + tile * kCount + k * kThreads + thread_index(),
+                      here ? S::load(grad_c_n[unit(k)]) : 0);
+      }
     }
   }
 
   FUSED_LSTM_DEVICE void load_saved(const Turn& turn) {
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) load_saved(turn, k);
+  }
+
+  FUSED_LSTM_DEVICE void load_saved(const Turn& turn, int k) {
     const BackwardDirection& from = task().given;
     const int b = turn.row_0 + own.row, r = turn.now.first + b, H = params.extent.H;
-    saved = {};
-    if (!own.real || b >= turn.now.count) return;
-    const T* const gates = row_of(static_cast<const T*>(from.gates), r, 4 * H) + own.unit;
+    Saved<T>& to = saved[k];
+    to = {};
+    if (!real(k) || b >= turn.now.count) return;
+    const T* const gates = row_of(static_cast<const T*>(from.gates), r, 4 * H) + unit(k);
 #pragma unroll
-    for (int gate = 0; gate < 4; ++gate) saved.gate[gate] = load_element(gates + gate * H);
-    const T* const all_c = static_cast<const T*>(from.cells) + own.unit;
-    saved.c = load_element(row_of(all_c, r, H));
-    saved.c_before = b < turn.after.count ? load_element(row_of(all_c, turn.after.first + b, H))
-                                          : row_of(static_cast<const T*>(from.c_0), b, H)[own.unit];
+    for (int gate = 0; gate < 4; ++gate) to.gate[gate] = load_element(gates + gate * H);
+    const T* const all_c = static_cast<const T*>(from.cells) + unit(k);
+    to.c = load_element(row_of(all_c, r, H));
+    to.c_before = b < turn.after.count ? load_element(row_of(all_c, turn.after.first + b, H))
+                                       : row_of(static_cast<const T*>(from.c_0), b, H)[unit(k)];
     if (!from.grad_output) return;
-    saved.grad_output =
+    to.grad_output =
         load_element(static_cast<const T*>(from.grad_output) +
-                     grad_output_row(from, params.extent, turn.s, turn.now, b) + own.unit);
+                     grad_output_row(from, params.extent, turn.s, turn.now, b) + unit(k));
   }
 
   // All that does not wait for dh.
   FUSED_LSTM_DEVICE void prepare(const Turn& turn) {
     const BackwardDirection& from = task().given;
     const int b = turn.row_0 + own.row;
-    dh_given = from.grad_output ? S::load(saved.grad_output) : 0;
-    if (from.grad_h_n && own.real && b < turn.now.count && b >= turn.before.count)
-      dh_given +=
-          S::load(row_of(static_cast<const T*>(from.grad_h_n), b, params.extent.H)[own.unit]);
-    float gate[4];
+    const bool last = from.grad_h_n && b < turn.now.count && b >= turn.before.count;
+    const T* const grad_h_n = row_of(static_cast<const T*>(from.grad_h_n), b, params.extent.H);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) gate[k] = S::load(saved.gate[k]);
-    slopes = cell_slopes<sizeof(T) == 2>(gate, S::load(saved.c), S::load(saved.c_before));
+    for (int k = 0; k < kEach; ++k) {
+      dh_given[k] = from.grad_output ? S::load(saved[k].grad_output) : 0;
+      if (last && real(k)) dh_given[k] += S::load(grad_h_n[unit(k)]);
+      float gate[4];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) gate[n] = S::load(saved[k].gate[n]);
+      slopes[k] =
+          cell_slopes<sizeof(T) == 2>(gate, S::load(saved[k].c), S::load(saved[k].c_before));
+    }
   }
 
   FUSED_LSTM_DEVICE void look_ahead(const BackwardDirection& given, const Turn& turn,
                                     const Walk& walk) const {
-    if (works && own.real && own.u == 0)
-      prefetch_cell<T>(given, params.extent, turn.s + kStepsPrefetched,
-                       walk.rows(turn.s + kStepsPrefetched), turn.row_0 + own.row, own.unit,
-                       params.tiling.padded);
+    if (!works || own.u != 0) return;
+#pragma unroll
+    for (int k = 0; k < kEach; ++k)
+      if (real(k))
+        prefetch_cell<T>(given, params.extent, turn.s + kStepsPrefetched,
+                         walk.rows(turn.s + kStepsPrefetched), turn.row_0 + own.row, unit(k),
+                         params.tiling.padded);
   }
 
-  // One tile's cells, from the warps' partial sums.
+  // A thread's cells in one tile, from the warps' partial sums.
   FUSED_LSTM_DEVICE void update(const BackwardDirection& given, const Turn& turn,
                                 const float* partials, int copy) {
-    if (kServed) handed.take(copy, slopes, dh_given);
+    if (kServed) handed.take(copy, slopes[0], dh_given[0]);
     const int b = turn.row_0 + own.row, r = turn.now.first + b, padded = params.tiling.padded;
-    const bool in_step = b < turn.now.count, real = own.real && in_step;
-    const float dh =
-        dh_given + gather(partials + partial_sum_of<NT>(8 * own.mu + own.u, own.row), kCount);
+    const bool in_step = b < turn.now.count;
     float* const dc = gradients() + turn.tile * kCount + thread_index();
-    CellGradient<float> found = cell_gradient(slopes, dh, load_element(dc));
-    uint32_t word[4];
+    CellGradient<float> found[kEach];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) word[k] = operand<kOperands>(real ? found.gate[k] : 0);
+    for (int k = 0; k < kEach; ++k) {
+      const int within = 8 * own.mu + own.u + k * kThreads / kRows;
+      const float dh = dh_given[k] + gather(partials + partial_sum_of<NT>(within, own.row), kCount);
+      found[k] = cell_gradient(slopes[k], dh, load_element(dc + k * kThreads));
+    }
     // First what others wait for.
     using Operand = typename S::Operand;
-    publish_gradient(row_of(static_cast<Operand*>(given.dgates), r, 4 * padded) + own.unit,
-                     own.unit, padded, word, in_step && own.unit < padded);
-    if (!real) return;
-    store_element(dc, found.dc_before);
-    if (b >= turn.after.count)  // the row's last step, its first in the direction's order
-      row_of(static_cast<T*>(given.grad_c_0), b, params.extent.H)[own.unit] =
-          S::store(found.dc_before);
+    Operand* const dgates = row_of(static_cast<Operand*>(given.dgates), r, 4 * padded);
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) {
+      uint32_t word[4];
+#pragma unroll
+      for (int n = 0; n < 4; ++n)
+        word[n] = operand<kOperands>(in_step && real(k) ? found[k].gate[n] : 0);
+      publish_gradient(dgates + unit(k), unit(k), padded, word, in_step && unit(k) < padded);
+    }
+    if (!in_step) return;
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) {
+      if (!real(k)) return;
+      store_element(dc + k * kThreads, found[k].dc_before);
+      if (b >= turn.after.count)  // the row's last step, its first in the direction's order
+        row_of(static_cast<T*>(given.grad_c_0), b, params.extent.H)[unit(k)] =
+            S::store(found[k].dc_before);
+    }
   }
 };
 
-template <Operands kOperands, int NT>
+template <Operands kOperands, int kUnits, int NT>
 FUSED_LSTM_KERNEL(32 * kWarpsInTeam)
 backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
-  using Cells = Cells<kOperands, NT>;
+  constexpr int MT = kRowTiles<kBackward, kUnits>;
+  using Cells = Cells<kOperands, kUnits, NT>;
   const Tiling& tiling = params.tiling;
   Cells cells(params);
   const Place& place = cells.place;
   const BackwardTask& first = params.direction[place.direction];
   char* const shared = cells.shared;
 
-  Weights<1, kRegisterChunks<kBackward, kOperands, kMostUnits, Cells::kRows>> weights;
+  Weights<MT, kRegisterChunks<kBackward, kOperands, kUnits, Cells::kRows>> weights;
   weights.load(first.weights, tiling, shared);
   cells.begin();
 
-  PublishedStates<kOperands, 1, NT> source(first.given.dgates, tiling, shared);
+  PublishedStates<kOperands, MT, NT> source(first.given.dgates, tiling, shared);
   Words state[source.kAhead][NT];
   Walk walk(params.extent, tiling, place.group * Cells::kRows, tiling.groups * Cells::kRows,
             !first.given.reverse);
@@ -268,7 +299,8 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
   };
 
   bool more = walk.next();
-  const bool early = tiling.tiles > 1;  // see forward.cu
+  // Whether the team has a second tile: see forward.cu.
+  const bool early = (place.group + tiling.groups) * Cells::kRows < params.extent.B;
   if (more && early) source.set_out(aim(), weights.chunks, state);
   if (more && !cells.owner) cells.load_saved(walk.turn());
   for (int copy = 0; more; copy ^= 1) {
@@ -276,13 +308,13 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
     const BackwardTask& task = cells.task();
     if (!Cells::kServed) cells.load_saved(turn);
     if (cells.works) cells.prepare(turn);
-    if (Cells::kServed && !cells.owner) cells.handed.put(copy, cells.slopes, cells.dh_given);
+    if (Cells::kServed && !cells.owner) cells.handed.put(copy, cells.slopes[0], cells.dh_given[0]);
     const Aim<NT> here = aim();
     more = walk.next();
     if (!early) source.set_out(here, weights.chunks, state);
     if (Cells::kServed && !cells.owner && more) cells.load_saved(walk.turn());
     cells.look_ahead(task.given, turn, walk);
-    Sums<kOperands, 1, NT, 4 / NT> sums;
+    Sums<kOperands, MT, NT, 4 / NT> sums;
     sums.clear();
     multiply(sums, weights, task.weights, tiling, source, state);
     if (early && more) source.set_out(aim(), weights.chunks, state);
@@ -290,9 +322,9 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
     // Blocks take turns between two copies: see forward.cu.
     float* const partials =
         reinterpret_cast<float*>(shared + tiling.partials) + copy * kWarpsInTeam * Cells::kCount;
-    sums.each([&](int, int m, int n, float sum) {
-      store_element(partials + thread_index() / kLanes * Cells::kCount + partial_sum_of<NT>(m, n),
-                    sum);
+    sums.each([&](int mt, int m, int n, float sum) {
+      const int at = partial_sum_of<NT>(16 * mt + m, n);
+      store_element(partials + thread_index() / kLanes * Cells::kCount + at, sum);
     });
     block_barrier();
 
@@ -305,9 +337,11 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
 
 template <Operands kOperands>
 BackwardKernel backward_kernel_for(const Plan& plan) {
-  if constexpr (kOperands != kF32)  // whose sums would take all the registers
-    if (plan.tile_rows == 16) return backward_kernel<kOperands, 2>;
-  return backward_kernel<kOperands, 1>;
+  if constexpr (kOperands != kF32) {  // whose sums would take all the registers
+    if (plan.units == 32) return backward_kernel<kOperands, 32, 2>;
+    if (plan.tile_rows == 16) return backward_kernel<kOperands, 16, 2>;
+  }
+  return backward_kernel<kOperands, 16, 1>;
 }
 
 template BackwardKernel backward_kernel_for<FUSED_LSTM_OPERANDS>(const Plan&);

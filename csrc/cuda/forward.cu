@@ -144,7 +144,7 @@ struct Cells {
         own(thread_index() % kCount, place.slice, of.extent.H),
         handed(shared + of.tiling.handed, kCount, thread_index() % kCount) {}
 
-  FUSED_LSTM_DEVICE int unit(int k) const { return own.unit + 8 * k; }
+  FUSED_LSTM_DEVICE int unit(int k) const { return own.unit + k * kThreads / kRows; }
   FUSED_LSTM_DEVICE bool real(int k) const { return unit(k) < params.extent.H; }
 
   // Looked up anew at each use: see `opaque`.
@@ -315,7 +315,8 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
   };
 
   bool more = walk.next();
-  const bool early = tiling.tiles > 1;
+  // Whether the team has a second tile.
+  const bool early = (place.group + tiling.groups) * Cells::kRows < params.extent.B;
   if (more && early) source.set_out(aim(), weights.chunks, state);
   if (more && cells.serves) {
     typename Cells::X x;
@@ -365,10 +366,10 @@ ForwardKernel forward_kernel_for(const Plan& plan) {
     if (plan.units == 8) return forward_kernel<kOperands, 8, 1>;
     if (plan.units == 12) return forward_kernel<kOperands, 12, 1>;
   } else {
-    if (plan.tile_rows == 32) return forward_kernel<kOperands, kMostUnits, 4>;
-    if (plan.tile_rows == 16) return forward_kernel<kOperands, kMostUnits, 2>;
+    if (plan.tile_rows == 32) return forward_kernel<kOperands, 16, 4>;
+    if (plan.tile_rows == 16) return forward_kernel<kOperands, 16, 2>;
   }
-  return forward_kernel<kOperands, kMostUnits, 1>;
+  return forward_kernel<kOperands, 16, 1>;
 }
 
 template ForwardKernel forward_kernel_for<FUSED_LSTM_OPERANDS>(const Plan&);

@@ -61,10 +61,11 @@ Plan cut(Plan p, const Device& device, int B, int H, int columns, int units) {
     share_out_weights(p, device);
   };
   int tile_rows = most_tile_rows(p.pass, p.operands);
-  while (tile_rows > 8 && ceil_div(B, tile_rows / 2) <= most_groups) tile_rows /= 2;
+  const int least = least_tile_rows(units);
+  while (tile_rows > least && ceil_div(B, tile_rows / 2) <= most_groups) tile_rows /= 2;
   cut_batch(tile_rows);
   // The kernels for more than 8 rows have no registers left for weights from L2.
-  while (p.tile_rows > 8 && (p.streamed_bytes > 0 || p.shared_bytes > device.shared_bytes))
+  while (p.tile_rows > least && (p.streamed_bytes > 0 || p.shared_bytes > device.shared_bytes))
     cut_batch(p.tile_rows / 2);
   if (p.tiles > kMostTiles)
     return refuse(p, "B gives each team more than " + std::to_string(kMostTiles) + " tiles a step");
@@ -72,24 +73,30 @@ Plan cut(Plan p, const Device& device, int B, int H, int columns, int units) {
     return refuse(p, "a block needs " + std::to_string(p.shared_bytes) +
                          " bytes of shared memory, the device has " +
                          std::to_string(device.shared_bytes));
-  if (p.streamed_bytes > kMostStreamed)
+  if (p.streamed_bytes > (p.tile_rows > 8 ? 0 : kMostStreamed))
     return refuse(p, "a block would read " + std::to_string(p.streamed_bytes) +
                          " bytes of weights anew in each step");
   p.persistent = true;
   return p;
 }
 
-// With fewer units to a block where that leaves each no more tiles, and a warp has more than a chunk
-// of columns to multiply: below that a step is all exchange, and more blocks wait for each other.
+// With other units to a block than usual (plan.h): with fewer where no block then has more tiles and
+// a warp has more than a chunk of columns to multiply, for below that a step is all exchange, and
+// more blocks wait for each other; with more where each then has fewer tiles.
 Plan cut(const Plan& p, const Device& device, int B, int H, int columns) {
   if (!device.cooperative) return refuse(p, "the device has no cooperative launches");
-  Plan best = cut(p, device, B, H, columns, kMostUnits);
-  if (p.pass == kForward && p.operands == kF32 && best.chunks > 1)
-    for (const int units : {12, 8}) {
-      const Plan other = cut(p, device, B, H, columns, units);
-      const bool no_more = other.tiles <= best.tiles && other.directions == best.directions;
-      if (other.persistent && (!best.persistent || no_more)) best = other;
-    }
+  Plan best = cut(p, device, B, H, columns, kUsualUnits);
+  const auto consider = [&](int units, int most_tiles) {
+    const Plan other = cut(p, device, B, H, columns, units);
+    const bool better = other.tiles <= most_tiles && other.directions == best.directions;
+    if (other.persistent && (!best.persistent || better)) best = other;
+  };
+  if (p.operands == kF32) {
+    if (p.pass == kForward && best.chunks > 1)
+      for (const int units : {12, 8}) consider(units, best.tiles);
+  } else if (p.pass == kBackward && (best.tiles > 1 || !best.persistent)) {
+    consider(32, best.tiles - 1);
+  }
   return best;
 }
 

@@ -1,6 +1,6 @@
 // Which path serves a call, and how the persistent path cuts it up. Pure C++.
 //
-// The persistent kernels keep the recurrent weights of up to 16 hidden units in each block, in
+// The persistent kernels keep the recurrent weights of some hidden units in each block, in
 // registers as far as they go, in shared memory beyond, and in L2 what that does not hold. The
 // blocks of one team, `slices` of them, hold all the weights of one direction and serve `tiles`
 // tiles of the batch, one after the other in each step; `groups` teams share the batch. All blocks
@@ -42,22 +42,24 @@ inline int weight_chunks(Operands operands, int columns) {
 // spill.
 constexpr int register_chunks(Pass pass, Operands operands, int units, int tile_rows) {
   if (operands == kF32) return pass == kBackward ? 8 : units == 8 ? 4 : 2;
-  if (tile_rows == 32) return pass == kBackward ? 8 : 2;
-  return pass == kBackward ? 12 : 4;
+  if (pass == kBackward) return units == 32 ? 4 : 12;
+  return tile_rows == 32 ? 2 : 4;
 }
 template <Pass kPass, Operands kOperands, int kUnits, int kTileRows>
 constexpr int kRegisterChunks = register_chunks(kPass, kOperands, kUnits, kTileRows);
 
-// Hidden units of a block of a team: 16, the rows of a tile of weights. Plain fp32 multiplications
-// take longer than all else in a step, so forward fewer where a team's blocks then are more: 12 or
-// 8, three or two tiles of 16 gates. Backward a tile has 16 rows however many units there are.
-constexpr int kMostUnits = 16;
-constexpr int row_tiles(Pass pass, int units) { return pass == kBackward ? 1 : units / 4; }
+// Hidden units of a block of a team: 16, four tiles of 16 gates forward, one of 16 units backward.
+// Plain fp32 multiplications take longer than all else in a step, so forward fewer where a team's
+// blocks then are more: 12 or 8, three or two tiles. Backward a block asks L2 for the dgates of all
+// units in its rows, so where rows are many it has 32 units, and half of the rows.
+constexpr int kUsualUnits = 16;
+constexpr int row_tiles(Pass pass, int units) { return pass == kBackward ? units / 16 : units / 4; }
 template <Pass kPass, int kUnits>
 constexpr int kRowTiles = row_tiles(kPass, kUnits);
 
-// Rows of the batch in a tile, at most: where the teams' tiles of 8 would be several in each step,
-// one of 16 or 32 has one chain of waits where they have several.
+// Rows of the batch in a tile, at least and at most: where a team's tiles of 8 would be several in
+// each step, one of 16 or 32 has one chain of waits where they have several.
+constexpr int least_tile_rows(int units) { return units == 32 ? 16 : 8; }
 constexpr int most_tile_rows(Pass pass, Operands operands) {
   return operands == kF32 ? 8 : pass == kForward ? 32 : 16;
 }

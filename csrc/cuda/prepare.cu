@@ -34,7 +34,11 @@ struct WeightRow {
 
   FUSED_LSTM_DEVICE WeightRow(const void* given, int H, const Tiling& tiling, int slice, int tile,
                               int row)
-      : weight_hh(static_cast<const T*>(given)), H(H), padded(tiling.padded), gate(0), unit(row) {
+      : weight_hh(static_cast<const T*>(given)),
+        H(H),
+        padded(tiling.padded),
+        gate(0),
+        unit(16 * tile + row) {
     if constexpr (kPass == kForward) unit_of_row(tiling.row_tiles, tile, row, gate, unit);
     unit += slice * tiling.units;
   }

@@ -33,6 +33,7 @@ template <Operands kOperands, int MT, int NT>
 constexpr int chunks_ahead() {
   if (kOperands == kF32) return MT == 1 ? 16 : MT < 4 ? 8 : 4;
   if (MT == 1) return NT == 1 ? 16 : 6;
+  if (MT == 2) return 8;
   if (NT == 4) return 2;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900  // whose addresses take more registers
   if (NT == 2) return 2;
