@@ -123,7 +123,7 @@ CASES = [
     Case(Options(H=33, T=3, B=17, bidirectional=True, kind="packed")),
     Case(Options(H=40, T=5, B=17, bidirectional=True, given_hx=False), multiprocessors=3),
     Case(Options(H=128, T=4, B=9), multiprocessors=8),
-    # Teams of 9 blocks: one, one of two tiles of 16 rows, two or three.
+    # Teams of 9 blocks: one, one with tiles of 16 rows backward, of 32 forward, two or three.
     Case(Options(H=129, T=5, B=3), multiprocessors=9),
     Case(Options(H=130, T=4, B=17, kind="packed", bidirectional=True), multiprocessors=9),
     Case(Options(H=129, T=4, B=9, kind="packed", bidirectional=True), multiprocessors=18),

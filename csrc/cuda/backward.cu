@@ -5,12 +5,12 @@
 //   dgates_t, dc_{t-1} from dh_t, dc_t and what was saved
 //
 // The steps run against the direction's own order; "before" and "after" below mean this order. A
-// block has 16 or 32 hidden units and multiplies with the columns of W_hh that belong to them, tile_rows
-// rows of the batch at a time; the warps share the 4H gates that are summed over. Weights lie, and
-// partial sums meet, as in forward.cu; dc stays in shared memory from step to step in fp32. dgates
-// go to global memory, and that is what the blocks poll in the next step: it is filled with kNotYet
-// before the launch, and nobody waits for more than the words that its lanes multiply. The products
-// for dx, dW and db come after this, from dgates (host.cpp).
+// block has 16 or 32 hidden units and multiplies with the columns of W_hh that belong to them,
+// tile_rows rows of the batch at a time; the warps share the 4H gates that are summed over. Weights
+// lie, and partial sums meet, as in forward.cu; dc stays in shared memory from step to step in fp32.
+// dgates go to global memory, and that is what the blocks poll in the next step: it is filled with
+// kNotYet before the launch, and nobody waits for more than the words that its lanes multiply. The
+// products for dx, dW and db come after this, from dgates (host.cpp).
 //
 // All of a cell that does not wait for dh is computed before dh comes: with tiles of 8 rows by the
 // half of the threads that has no cells, which hands it over (see forward.cu).

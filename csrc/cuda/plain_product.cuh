@@ -88,7 +88,8 @@ class Sums<kF32, MT, NT, kChains> {
   }
 
  private:
-  static constexpr int kRowLanes = cuda::kRowLanes < MT == 1 ? kBackward : kForward > ;
+  static constexpr Pass kPass = MT == 1 ? kBackward : kForward;
+  static constexpr int kRowLanes = cuda::kRowLanes<kPass>;
   static constexpr int kWordLanes = kLanes / kRowLanes;  // that have the same rows
   static constexpr int kRows = 16 / kRowLanes, kWords = kRowLanes / 2;
   struct alignas(4 * kWords) Part {  // of a chunk of a batch row
