@@ -4,6 +4,7 @@ number, so that a change that costs a bank conflict or a trip to L2 is seen with
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 
 import cuda_counts
 import pytest
@@ -50,6 +51,16 @@ def test_a_step(emulation: Emulation, row: tuple[int, int, str, str]) -> None:
     assert held == HELD[row]
     assert found["cold_trips"] == 0  # all that a step waits for is in L2
     assert found.launches == 3
+
+
+@pytest.mark.parametrize("pass_", cuda_counts.PASSES)
+def test_who_has_one_tile_asks_for_no_word_of_its_own(emulation: Emulation, pass_: str) -> None:
+    """Of five teams (backward; forward three) the last has one tile where others have two: it asks
+    for the next step's words after it has published its own, or, where each load that is counted
+    finds what it was made for, it would wait for ever."""
+    gpu = replace(cuda_counts.GPUS["H100"], multiprocessors=10)
+    found = cuda_counts.step(emulation, pass_, "f16", 33, 131, gpu)
+    assert found and found["barriers"] == 2
 
 
 def accesses(pytestconfig: pytest.Config, bytes_: int, stride: int) -> dict[str, int]:
