@@ -12,7 +12,7 @@ from cuda_sass import POLL, PRODUCT, Kernel
 pytestmark = pytest.mark.timeout(600)
 
 ARCHITECTURES = ["80", "90a"]
-# Polled loads of a group: chunks in flight (product.cuh) times tiles of 8 rows.
+# Polled loads of a group: chunks in flight (published.cuh) times tiles of 8 rows.
 TOGETHER = {
     "forward_kernel kF16 16 8": 4, "forward_kernel kF16 16 16": 8, "forward_kernel kF16 16 32": 8,
     "backward_kernel kF16 16 8": 16, "backward_kernel kF16 16 16": 12,

@@ -124,16 +124,16 @@ template <Operands kOperands, int kUnits, int NT>
 struct Cells {
   using S = Storage<kOperands>;
   using T = typename S::Type;
-  static constexpr int kRows = 8 * NT;
-  static constexpr int kCount = kUnits * kRows, kThreads = kCellThreads<kCount>;
-  static constexpr int kEach = kCount / kThreads;  // of a thread that has cells
+  using Own = CellPlace<kUnits, NT>;
+  static constexpr int kRows = Own::kRows, kCount = Own::kCells;
+  static constexpr int kThreads = Own::kThreads, kEach = Own::kEach;
   static constexpr bool kServed = kIsServed<kRows>;
 
   const BackwardParams& params;
   const Place place;
   char* const shared;
-  const bool owner, works;    // works: prepares cells, its own or those that it serves
-  CellPlace<kUnits, NT> own;  // of the first
+  const bool owner, works;  // works: prepares cells, its own or those that it serves
+  Own own;
   const Handed handed;
   Saved<T> saved[kEach];
   CellSlopes<float> slopes[kEach] = {};
@@ -145,12 +145,11 @@ struct Cells {
         shared(shared_memory()),
         owner(thread_index() < kCount),
         works(!kServed || !owner),
-        own(thread_index() % kCount, place.slice, of.extent.H),
+        own(thread_index(), place.slice),
         handed{reinterpret_cast<Words*>(shared + of.tiling.handed), kCount,
                thread_index() % kCount} {}
 
-  FUSED_LSTM_DEVICE int unit(int k) const { return own.unit + k * kThreads / kRows; }
-  FUSED_LSTM_DEVICE bool real(int k) const { return unit(k) < params.extent.H; }
+  FUSED_LSTM_DEVICE bool real(int k) const { return own.unit(k) < params.extent.H; }
 
   FUSED_LSTM_DEVICE const BackwardTask& task() const {
     return params.direction[opaque(place.direction)];
@@ -161,8 +160,7 @@ struct Cells {
 
   // See forward.cu.
   FUSED_LSTM_DEVICE void find_again() {
-    if (kOperands == kF32 || kEach > 1)
-      own = CellPlace<kUnits, NT>(opaque(thread_index()) % kCount, place.slice, params.extent.H);
+    if (kOperands == kF32 || kEach > 1) own = Own(opaque(thread_index()), place.slice);
   }
 
   // grad_c_n into shared memory.
@@ -170,11 +168,11 @@ struct Cells {
     const BackwardDirection& given = params.direction[place.direction].given;
     for (int tile = 0; owner && tile < params.tiling.tiles; ++tile) {
       const int b = (tile * params.tiling.groups + place.group) * kRows + own.row;
-      const T* const grad_c_n = row_of(static_cast<const T*>(given.grad_c_n), b, params.extent.H);
+      const T* const grad_c_n = static_cast<const T*>(given.grad_c_n);
       for (int k = 0; k < kEach; ++k) {
         const bool here = given.grad_c_n && real(k) && b < params.extent.B;
         store_element(gradients() + tile * kCount + k * kThreads + thread_index(),
-                      here ? S::load(grad_c_n[unit(k)]) : 0);
+                      here ? S::load(row_of(grad_c_n, b, params.extent.H)[own.unit(k)]) : 0);
       }
     }
   }
@@ -190,17 +188,17 @@ struct Cells {
     Saved<T>& to = saved[k];
     to = {};
     if (!real(k) || b >= turn.now.count) return;
-    const T* const gates = row_of(static_cast<const T*>(from.gates), r, 4 * H) + unit(k);
+    const T* const gates = row_of(static_cast<const T*>(from.gates), r, 4 * H) + own.unit(k);
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate) to.gate[gate] = load_element(gates + gate * H);
-    const T* const all_c = static_cast<const T*>(from.cells) + unit(k);
+    const T* const all_c = static_cast<const T*>(from.cells) + own.unit(k);
     to.c = load_element(row_of(all_c, r, H));
     to.c_before = b < turn.after.count ? load_element(row_of(all_c, turn.after.first + b, H))
-                                       : row_of(static_cast<const T*>(from.c_0), b, H)[unit(k)];
+                                       : row_of(static_cast<const T*>(from.c_0), b, H)[own.unit(k)];
     if (!from.grad_output) return;
     to.grad_output =
         load_element(static_cast<const T*>(from.grad_output) +
-                     grad_output_row(from, params.extent, turn.s, turn.now, b) + unit(k));
+                     grad_output_row(from, params.extent, turn.s, turn.now, b) + own.unit(k));
   }
 
   // All that does not wait for dh.
@@ -208,11 +206,12 @@ struct Cells {
     const BackwardDirection& from = task().given;
     const int b = turn.row_0 + own.row;
     const bool last = from.grad_h_n && b < turn.now.count && b >= turn.before.count;
-    const T* const grad_h_n = row_of(static_cast<const T*>(from.grad_h_n), b, params.extent.H);
+    const T* const grad_h_n = static_cast<const T*>(from.grad_h_n);
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
       dh_given[k] = from.grad_output ? S::load(saved[k].grad_output) : 0;
-      if (last && real(k)) dh_given[k] += S::load(grad_h_n[unit(k)]);
+      if (last && real(k))
+        dh_given[k] += S::load(row_of(grad_h_n, b, params.extent.H)[own.unit(k)]);
       float gate[4];
 #pragma unroll
       for (int n = 0; n < 4; ++n) gate[n] = S::load(saved[k].gate[n]);
@@ -223,12 +222,13 @@ struct Cells {
 
   FUSED_LSTM_DEVICE void look_ahead(const BackwardDirection& given, const Turn& turn,
                                     const Walk& walk) const {
-    if (!works || own.u != 0) return;
+    if (!works || !real(0) || own.u != 0) return;
+    const int step = turn.s + kStepsPrefetched;
+    const RowRun then = walk.rows(step);
 #pragma unroll
     for (int k = 0; k < kEach; ++k)
       if (real(k))
-        prefetch_cell<T>(given, params.extent, turn.s + kStepsPrefetched,
-                         walk.rows(turn.s + kStepsPrefetched), turn.row_0 + own.row, unit(k),
+        prefetch_cell<T>(given, params.extent, step, then, turn.row_0 + own.row, own.unit(k),
                          params.tiling.padded);
   }
 
@@ -242,8 +242,8 @@ struct Cells {
     CellGradient<float> found[kEach];
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
-      const int within = 8 * own.mu + own.u + k * kThreads / kRows;
-      const float dh = dh_given[k] + gather(partials + partial_sum_of<NT>(within, own.row), kCount);
+      const int at = partial_sum_of<NT>(own.in_block(k), own.row);
+      const float dh = dh_given[k] + gather(partials + at, kCount);
       found[k] = cell_gradient(slopes[k], dh, load_element(dc + k * kThreads));
     }
     // First what others wait for.
@@ -255,7 +255,8 @@ struct Cells {
 #pragma unroll
       for (int n = 0; n < 4; ++n)
         word[n] = operand<kOperands>(in_step && real(k) ? found[k].gate[n] : 0);
-      publish_gradient(dgates + unit(k), unit(k), padded, word, in_step && unit(k) < padded);
+      publish_gradient(dgates + own.unit(k), own.unit(k), padded, word,
+                       in_step && own.unit(k) < padded);
     }
     if (!in_step) return;
 #pragma unroll
@@ -263,7 +264,7 @@ struct Cells {
       if (!real(k)) return;
       store_element(dc + k * kThreads, found[k].dc_before);
       if (b >= turn.after.count)  // the row's last step, its first in the direction's order
-        row_of(static_cast<T*>(given.grad_c_0), b, params.extent.H)[unit(k)] =
+        row_of(static_cast<T*>(given.grad_c_0), b, params.extent.H)[own.unit(k)] =
             S::store(found[k].dc_before);
     }
   }
@@ -299,8 +300,7 @@ backward_kernel(FUSED_LSTM_PARAMS(BackwardParams) params) {
   };
 
   bool more = walk.next();
-  // Whether the team has a second tile: see forward.cu.
-  const bool early = (place.group + tiling.groups) * Cells::kRows < params.extent.B;
+  const bool early = walk.several();  // see forward.cu
   if (more && early) source.set_out(aim(), weights.chunks, state);
   if (more && !cells.owner) cells.load_saved(walk.turn());
   for (int copy = 0; more; copy ^= 1) {

@@ -121,17 +121,17 @@ template <Operands kOperands, int kUnits, int NT>
 struct Cells {
   using S = Storage<kOperands>;
   using T = typename S::Type;
-  static constexpr int kRows = 8 * NT;
-  static constexpr int kCount = kUnits * kRows, kThreads = kCellThreads<kCount>;
-  static constexpr int kEach = kCount / kThreads;  // of a thread that has cells
-  using X = T[kEach][4];                           // x W_ih^T of the cells
+  using Own = CellPlace<kUnits, NT>;
+  static constexpr int kRows = Own::kRows, kCount = Own::kCells;
+  static constexpr int kThreads = Own::kThreads, kEach = Own::kEach;
+  using X = T[kEach][4];  // x W_ih^T of the cells
   static constexpr bool kServed = kIsServed<kRows>;
 
   const ForwardParams& params;
   const Place place;
   char* const shared;
   const bool owner, serves;
-  CellPlace<kUnits, NT> own;  // of the first
+  Own own;
   const Handed handed;
   int unsaved = -1;  // the row whose cell the other half has handed over
 
@@ -141,11 +141,10 @@ struct Cells {
         shared(shared_memory()),
         owner(thread_index() < kCount),
         serves(kServed && thread_index() / kCount == 1),
-        own(thread_index() % kCount, place.slice, of.extent.H),
+        own(thread_index(), place.slice),
         handed(shared + of.tiling.handed, kCount, thread_index() % kCount) {}
 
-  FUSED_LSTM_DEVICE int unit(int k) const { return own.unit + k * kThreads / kRows; }
-  FUSED_LSTM_DEVICE bool real(int k) const { return unit(k) < params.extent.H; }
+  FUSED_LSTM_DEVICE bool real(int k) const { return own.unit(k) < params.extent.H; }
 
   // Looked up anew at each use: see `opaque`.
   FUSED_LSTM_DEVICE const ForwardTask& task() const {
@@ -160,8 +159,7 @@ struct Cells {
 
   // Finds the place again where keeping it would take registers that the product needs.
   FUSED_LSTM_DEVICE void find_again() {
-    if (!kServed || kOperands == kTf32)
-      own = CellPlace<kUnits, NT>(opaque(thread_index()) % kCount, place.slice, params.extent.H);
+    if (!kServed || kOperands == kTf32) own = Own(opaque(thread_index()), place.slice);
   }
 
   // The biases' sums and c_0 into shared memory.
@@ -184,25 +182,26 @@ struct Cells {
       const T* const c_0 = row_of(static_cast<const T*>(given.c_0), b, H);
       for (int k = 0; k < kEach; ++k)
         store_element(states() + tile * kCount + k * kThreads + thread,
-                      real(k) && b < params.extent.B ? S::load(c_0[unit(k)]) : 0);
+                      real(k) && b < params.extent.B ? S::load(c_0[own.unit(k)]) : 0);
     }
   }
 
   FUSED_LSTM_DEVICE void load_x(const Turn& turn, X& x) const {
     const int b = turn.row_0 + own.row, H = params.extent.H;
-    if (!own.real || b >= turn.now.count) return;
+    if (b >= turn.now.count) return;
     const T* gates = row_of(static_cast<const T*>(task().given.gates), turn.now.first + b, 4 * H);
 #pragma unroll
     for (int k = 0; k < kEach; ++k)
-      if (k == 0 || real(k))
+      if (real(k))
 #pragma unroll
-        for (int gate = 0; gate < 4; ++gate) x[k][gate] = load_element(gates + gate * H + unit(k));
+        for (int gate = 0; gate < 4; ++gate)
+          x[k][gate] = load_element(gates + gate * H + own.unit(k));
   }
 
   // Of the k-th cell.
   FUSED_LSTM_DEVICE void begin_sums(const T (&x)[4], const Turn& turn, int k,
                                     float (&sum)[4]) const {
-    floats_of(load_words(biases() + 8 * (own.mu + k) + own.u), sum);
+    floats_of(load_words(biases() + own.in_block(k)), sum);
     const bool active = real(k) && turn.row_0 + own.row < turn.now.count;
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate) sum[gate] += active ? S::load(x[gate]) : 0;
@@ -217,12 +216,11 @@ struct Cells {
   // Into L2: one unit of eight does it for all of them, their cells lie in the same sectors.
   FUSED_LSTM_DEVICE void look_ahead(const ForwardTask& task, const Turn& turn,
                                     const Walk& walk) const {
-    if (!(kServed ? serves : owner) || own.u != 0) return;
+    if (!(kServed ? serves : owner) || !real(0) || own.u != 0) return;
+    const RowRun then = walk.rows(turn.s + kStepsPrefetched);
 #pragma unroll
     for (int k = 0; k < kEach; ++k)
-      if (real(k))
-        prefetch_cell<T>(params, task, walk.rows(turn.s + kStepsPrefetched), turn.row_0 + own.row,
-                         unit(k));
+      if (real(k)) prefetch_cell<T>(params, task, then, turn.row_0 + own.row, own.unit(k));
   }
 
   // A thread's cells in one tile, from the warps' partial sums.
@@ -238,16 +236,18 @@ struct Cells {
         handed.take(copy, sum);
       else
         begin_sums(x[k], turn, k, sum);
-      gather(sum, partials + partial_sum_of<kUnits, NT>(own.mu + k, own.u, own.row), kCount);
+      gather(sum,
+             partials + partial_sum_of<kUnits, NT>(own.mu + k * Own::kApart / 8, own.u, own.row),
+             kCount);
       found[k] = update_cell<sizeof(T) == 2>(sum, load_element(c + k * kThreads));
       if (!real(k)) found[k].h = 0;
     }
     // First what others wait for. Columns beyond H, up to the row's end, are read too.
 #pragma unroll
     for (int k = 0; k < kEach; ++k)
-      publish_state<T>(row_of(task.states, params.extent.B + r, params.states_stride), unit(k),
+      publish_state<T>(row_of(task.states, params.extent.B + r, params.states_stride), own.unit(k),
                        operand<kOperands>(found[k].h),
-                       b < turn.now.count && unit(k) * int(sizeof(T)) < params.states_stride);
+                       b < turn.now.count && own.unit(k) * int(sizeof(T)) < params.states_stride);
     if (b >= turn.now.count) return;
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
@@ -255,8 +255,8 @@ struct Cells {
       store_element(c + k * kThreads, found[k].c);
       if (b >= turn.after.count) {  // the row's last step
         const ForwardDirection& to = task.given;
-        row_of(static_cast<T*>(to.h_n), b, params.extent.H)[unit(k)] = S::store(found[k].h);
-        row_of(static_cast<T*>(to.c_n), b, params.extent.H)[unit(k)] = S::store(found[k].c);
+        row_of(static_cast<T*>(to.h_n), b, params.extent.H)[own.unit(k)] = S::store(found[k].h);
+        row_of(static_cast<T*>(to.c_n), b, params.extent.H)[own.unit(k)] = S::store(found[k].c);
       }
       if (kServed && more)
         handed.put(copy, found[k]);
@@ -275,12 +275,12 @@ struct Cells {
       save_cell(unsaved, 0, found);
     }
     const int b = turn.row_0 + own.row;
-    unsaved = own.real && b < turn.now.count ? turn.now.first + b : -1;
+    unsaved = real(0) && b < turn.now.count ? turn.now.first + b : -1;
     if (more) hand_sums(x, following, copy ^ 1);
   }
 
   FUSED_LSTM_DEVICE void save_cell(int r, int k, const Cell<float>& of) const {
-    save<S>(task().given, params.save, r, params.extent.H, unit(k), of);
+    save<S>(task().given, params.save, r, params.extent.H, own.unit(k), of);
   }
 };
 
@@ -315,8 +315,7 @@ forward_kernel(FUSED_LSTM_PARAMS(ForwardParams) params) {
   };
 
   bool more = walk.next();
-  // Whether the team has a second tile.
-  const bool early = (place.group + tiling.groups) * Cells::kRows < params.extent.B;
+  const bool early = walk.several();
   if (more && early) source.set_out(aim(), weights.chunks, state);
   if (more && cells.serves) {
     typename Cells::X x;

@@ -118,25 +118,29 @@ struct Place {
   }
 };
 
-// Threads of a block that have cells of their own, where it has so many cells.
-template <int kCells>
-constexpr int kCellThreads = kCells < 32 * kWarpsInTeam ? kCells : 32 * kWarpsInTeam;
-
-// A thread's cell, in a block with so many units: one of these, and the same row of each tile.
+// A thread's cells, in a block with so many units: the same row of each tile, and one unit; where
+// there are more cells than threads, more units, kApart from each other.
 template <int kUnits, int NT>
 struct CellPlace {
-  int mu, u;  // the block's unit 8 mu + u; u below 4 where there is no eight left
-  int row;    // of the tile
-  int unit;   // of all
-  bool real;
+  static constexpr int kRows = 8 * NT, kCells = kUnits * kRows;
+  static constexpr int kThreads = kCells < 32 * kWarpsInTeam ? kCells : 32 * kWarpsInTeam;
+  static constexpr int kEach = kCells / kThreads, kApart = kThreads / kRows;
 
-  FUSED_LSTM_DEVICE CellPlace(int cell, int slice, int H) : mu(cell / (64 * NT)) {
+  int mu, u;  // the first is of the block's unit 8 mu + u; u below 4 where there is no eight left
+  int row;    // of the tile
+  int first;  // unit of all
+
+  FUSED_LSTM_DEVICE CellPlace(int thread, int slice) {
+    const int cell = thread % kCells;
+    mu = cell / (8 * kRows);
     const int together = kUnits % 8 && mu == kUnits / 8 ? 4 : 8;
     u = cell % together;
-    row = cell / together % (8 * NT);
-    unit = slice * kUnits + 8 * mu + u;
-    real = unit < H;
+    row = cell / together % kRows;
+    first = slice * kUnits + 8 * mu + u;
   }
+
+  FUSED_LSTM_DEVICE int in_block(int k) const { return 8 * mu + u + k * kApart; }
+  FUSED_LSTM_DEVICE int unit(int k) const { return first + k * kApart; }
 };
 
 // How far ahead of their use the loads of a step are asked of memory: some 4 us.
@@ -164,6 +168,9 @@ class Walk {
         turn_{-1, tiling.tiles, first_row, {0, 0}, {0, 0}, rows(0)} {}
 
   FUSED_LSTM_DEVICE const Turn& turn() const { return turn_; }
+
+  // Whether the team has a second tile.
+  FUSED_LSTM_DEVICE bool several() const { return first_row_ + stride_ < extent_.B; }
 
   // Goes on to the next tile that has rows; false past the last.
   FUSED_LSTM_DEVICE bool next() {

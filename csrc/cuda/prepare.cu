@@ -25,52 +25,46 @@ struct PackParams {
   int directions;
 };
 
-// Where a row of a block's weights lies: forward it is a gate of a unit; backward a unit, and the
-// columns are the gates of all units.
+// A tile of 16 rows of a block's weights: forward a row is a gate of a unit; backward it is a unit,
+// and the columns are the gates of all units.
 template <class T, Pass kPass>
-struct WeightRow {
+struct WeightTile {
+  static constexpr Pass kOf = kPass;
   const T* weight_hh;
-  int H, padded, gate, unit;
+  int H;
+  const Tiling& tiling;
+  int slice, tile;
 
-  FUSED_LSTM_DEVICE WeightRow(const void* given, int H, const Tiling& tiling, int slice, int tile,
-                              int row)
-      : weight_hh(static_cast<const T*>(given)),
-        H(H),
-        padded(tiling.padded),
-        gate(0),
-        unit(16 * tile + row) {
-    if constexpr (kPass == kForward) unit_of_row(tiling.row_tiles, tile, row, gate, unit);
-    unit += slice * tiling.units;
-  }
-
-  FUSED_LSTM_DEVICE T operator[](int column) const {
+  FUSED_LSTM_DEVICE T at(int row, int column) const {
     if constexpr (kPass == kForward) {
+      int gate, unit;
+      unit_of_row(tiling.row_tiles, tile, row, gate, unit);
+      unit += slice * tiling.units;
       return unit < H && column < H ? weight_hh[int64_t(gate * H + unit) * H + column] : T(0);
     } else {
+      const int to = slice * tiling.units + 16 * tile + row, padded = tiling.padded;
       // Comparisons: a division by a number known at run time takes as long as the load.
-      const int of = (column >= padded) + (column >= 2 * padded) + (column >= 3 * padded);
-      const int from = column - of * padded;
-      return unit < H && from < H ? weight_hh[int64_t(of * H + from) * H + unit] : T(0);
+      const int gate = (column >= padded) + (column >= 2 * padded) + (column >= 3 * padded);
+      const int unit = column - gate * padded;
+      return to < H && unit < H ? weight_hh[int64_t(gate * H + unit) * H + to] : T(0);
     }
   }
 };
 
-// The four words that a lane loads of a tile of 16 rows, part m of a chunk of columns.
-template <Operands kOperands, Pass kPass>
-FUSED_LSTM_DEVICE Words packed(const void* given, int H, const Tiling& tiling, int slice, int tile,
-                               int chunk, int lane, int m) {
+// The four words that a lane loads of a tile, part m of a chunk of columns.
+template <Operands kOperands, class Tile>
+FUSED_LSTM_DEVICE Words packed(const Tile& weights, int chunk, int lane, int m) {
   using T = typename Storage<kOperands>::Type;
   const int first = chunk * (kChunkBytes / int(sizeof(T)));
   Words words;
   for (int r = 0; r < 4; ++r) {
     int row, word;
-    weight_position<kOperands, kPass>(lane, m, r, row, word);
-    const WeightRow<T, kPass> weights(given, H, tiling, slice, tile, row);
+    weight_position<kOperands, Tile::kOf>(lane, m, r, row, word);
     if constexpr (sizeof(T) == 2) {
       const int column = first + 2 * word;
-      words.word[r] = weights[column] | uint32_t(weights[column + 1]) << 16;
+      words.word[r] = weights.at(row, column) | uint32_t(weights.at(row, column + 1)) << 16;
     } else {
-      const float value = weights[first + word];
+      const float value = weights.at(row, first + word);
       words.word[r] = float_bits(kOperands == kTf32 ? round_tf32(value) : value);
     }
   }
@@ -95,10 +89,11 @@ pack_kernel(FUSED_LSTM_PARAMS(PackParams) p) {
     const int tile = piece % row_tiles, chunks = piece / row_tiles;  // of all warps and slices
     const int chunk = chunks % (kWarpsInTeam * tiling.chunks);       // of all warps
     const int slice = chunks / (kWarpsInTeam * tiling.chunks);
+    const WeightTile<T, kPass> weights{static_cast<const T*>(given.weight_hh), p.H, tiling, slice,
+                                       tile};
     for (int m = 0; m < 2; ++m)
-      store_words(
-          given.packed + (int64_t(piece) * 2 + m) * kLanes + lane,
-          packed<kOperands, kPass>(given.weight_hh, p.H, tiling, slice, tile, chunk, lane, m));
+      store_words(given.packed + (int64_t(piece) * 2 + m) * kLanes + lane,
+                  packed<kOperands>(weights, chunk, lane, m));
   }
 
   // As operand() leaves them: no NaN of the user's may look like kNotYet.
